@@ -1,0 +1,17 @@
+"""Strict JAX for every test: 8 CPU devices, no implicit promotion of dtypes or ranks."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from hypothesis import settings
+
+# Compilation makes the first example of a property slow; a deadline would measure that.
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("ci")

@@ -1,0 +1,22 @@
+"""Change the scale of a model and of its learning rate together, without losing what it learned.
+
+>>> import jax.numpy as jnp, optax
+>>> import uscale_jax as us
+>>> params = {"kernel": jnp.array([[1.0, -2.0, 3.0]])}
+>>> us.scale_params(params, 0.5)["kernel"]
+Array([[ 0.5, -1. ,  1.5]], dtype=float32)
+>>> tx = optax.chain(optax.adam(1e-3), us.unit_scale_lr(0.5))  # learning rate α/k = 2α
+"""
+
+from uscale_jax._chain_order import UnitScaleOrderWarning as UnitScaleOrderWarning
+from uscale_jax._effective import EffectiveScale as EffectiveScale
+from uscale_jax._effective import Ratios as Ratios
+from uscale_jax._effective import effective_lr_scale as effective_lr_scale
+from uscale_jax._homogeneous import Exponents as Exponents
+from uscale_jax._homogeneous import compensate as compensate
+from uscale_jax._homogeneous import homogeneous_exponents as homogeneous_exponents
+from uscale_jax._learning_rate import UnitScaleState as UnitScaleState
+from uscale_jax._learning_rate import unit_scale_lr as unit_scale_lr
+from uscale_jax._values import scale_params as scale_params
+
+__version__ = "0.1.0"
