@@ -64,7 +64,7 @@ class EffectiveScale:
 
     @property
     def kind(self) -> str:
-        """``'linear'`` (p = 1), ``'invariant'`` (p = 0, a factor in front cancels) or ``'neither'``."""
+        """``'linear'`` (p = 1), ``'invariant'`` (p = 0, factors in front cancel) or ``'neither'``."""
         for kind, order in (("linear", 1.0), ("invariant", 0.0)):
             if all(abs(p - order) < _TOLERANCE for p in self.gradient_order):
                 return kind

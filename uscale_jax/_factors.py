@@ -89,7 +89,7 @@ def divide(x: jax.Array, factor: Factor) -> jax.Array:
     return _jax.with_weak_type(quotient.astype(x.dtype), x)
 
 
-def power(k: Factor, exponent: float) -> Factor:
+def power(k: Factor, exponent: float | jax.Array) -> Factor:
     """Returns k**exponent, as a Python float where ``k`` is one."""
     if not isinstance(k, jax.Array):
         return float(k) ** exponent

@@ -26,9 +26,10 @@ def with_weak_type(x: jax.Array, like: Any) -> jax.Array:
     """
     if not getattr(like, "weak_type", False):
         return x
-    return primitives.convert_element_type_p.bind(
+    weak: jax.Array = primitives.convert_element_type_p.bind(
         x, new_dtype=np.dtype(x.dtype), weak_type=True, sharding=None
     )
+    return weak
 
 
 @contextmanager
@@ -46,13 +47,9 @@ def stage(fun: Callable[..., Any], *shapes: Any) -> Callable[..., Any]:
     """
     closed, out = jax.make_jaxpr(fun, return_shape=True)(*shapes)
     consts = [_concrete(c) for c in closed.consts]
-    treedef = jax.tree.structure(out)
-
-    @jax.jit
-    def run(*leaves: Any) -> list[Any]:
-        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*leaves)
-
-    return lambda *args: treedef.unflatten(run(*jax.tree.leaves(args)))
+    run = jax.jit(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts)))
+    structure = jax.tree.structure(out)
+    return lambda *args: jax.tree.unflatten(structure, run(*jax.tree.leaves(args)))
 
 
 def _concrete(const: Any) -> Any:

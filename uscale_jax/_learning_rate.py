@@ -105,14 +105,9 @@ Check: TypeAlias = Callable[[Any, str], Factor]
 def _checked(prefix: Any, what: str, check: Check) -> Any:
     """The prefix with every entry checked, and made a Python float where it is concrete."""
     keys, entries, treedef = _tree.flatten_named(prefix, is_leaf=lambda x: x is None)
-    return treedef.unflatten(
-        [
-            entry
-            if callable(entry)
-            else check(entry, f"{what}[{_tree.name(key)}]" if key else what)
-            for key, entry in zip(keys, entries, strict=True)
-        ]
-    )
+    names = [f"{what}[{_tree.name(key)!r}]" if key else what for key in keys]
+    pairs = zip(entries, names, strict=True)
+    return treedef.unflatten([e if callable(e) else check(e, label) for e, label in pairs])
 
 
 def _check_decay(decay: Any, what: str) -> Factor:

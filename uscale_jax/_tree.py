@@ -21,7 +21,7 @@ def is_hole(x: Any) -> bool:
 
 def _key_string(entry: Any) -> str:
     if isinstance(entry, GetAttrKey):
-        return entry.name
+        return str(entry.name)
     if isinstance(entry, SequenceKey):
         return str(entry.idx)
     if isinstance(entry, DictKey | FlattenedIndexKey):
@@ -64,12 +64,12 @@ def _misfit(what: str, missing: Sequence[Key], unused: Sequence[Key]) -> ValueEr
     lines = [f"{what} does not fit the tree it is for."]
     lines += [f"  no entry of {what} covers leaf {name(key)!r}" for key in missing[:8]]
     lines += [f"  no leaf of the tree lies at entry {name(key)!r} of {what}" for key in unused[:8]]
-    lines += [
-        f"Expected: one scalar, or a tree prefix with an entry for every subtree, got "
+    advice = (
+        "Expected: one scalar, or a tree prefix with an entry for every subtree, got "
         f"{len(missing)} leaves without an entry and {len(unused)} entries without a leaf. "
-        f"Fix: spell the entries as the tree does; use 1.0 for what should stay as it is."
-    ]
-    return ValueError("\n".join(lines))
+        "Fix: spell the entries as the tree does; use 1.0 for what should stay as it is."
+    )
+    return ValueError("\n".join([*lines, advice]))
 
 
 def _without_empty(tree: Tree, unused: Sequence[Key]) -> list[Key]:

@@ -19,7 +19,7 @@ _PLAUSIBLE = 2.0**80
 class _Job(NamedTuple):
     """One leaf to scale: its place in the flat tree, its factor, and whether to look at it."""
 
-    index: int
+    place: int
     factor: Factor
     checked: bool
 
@@ -78,18 +78,21 @@ def scale_params(
     """
     leaves, treedef = jax.tree.flatten(params)
     jobs = _plan(params, leaves, k, where, exponents)
-    scaled, peaks = list(leaves), {}
+    scaled = list(leaves)
+    peaks: dict[int, jax.Array] = {}
     for group in _by_device(leaves, jobs):
         out, looked_at = _run(leaves, group)
         for job, leaf in zip(group, out, strict=True):
-            scaled[job.index] = leaf
-        peaks.update(zip([job.index for job in group if job.checked], looked_at, strict=True))
+            scaled[job.place] = leaf
+        peaks.update(zip([job.place for job in group if job.checked], looked_at, strict=True))
     if peaks:
         _refuse_lost(params, leaves, jobs, peaks)
     return jax.tree.unflatten(treedef, scaled)
 
 
-def _plan(params: Tree, leaves: Sequence[Any], k: Any, where: Where | None, exponents: Any) -> list:
+def _plan(
+    params: Tree, leaves: Sequence[Any], k: Any, where: Where | None, exponents: Any
+) -> list[_Job]:
     """Which leaves are multiplied by what; everything that can be refused is refused here."""
     if not all(map(_is_array, leaves)):
         _refuse(params, _is_array, TypeError, _NOT_ARRAYS)
@@ -216,7 +219,7 @@ def _by_device(leaves: Sequence[Any], jobs: Sequence[_Job]) -> list[list[_Job]]:
     """One group per set of devices: a program runs on one set only."""
     groups: dict[Any, list[_Job]] = {}
     for job in jobs:
-        leaf = leaves[job.index]
+        leaf = leaves[job.place]
         placed = isinstance(leaf, jax.Array) and not _jax.is_traced(leaf) and leaf.committed
         groups.setdefault(leaf.sharding.device_set if placed else None, []).append(job)
     free = groups.pop(None, [])
@@ -230,7 +233,7 @@ def _run(leaves: Sequence[Any], jobs: Sequence[_Job]) -> Any:
     values = {_identity(job.factor): job.factor for job in jobs}
     place = {identity: n for n, identity in enumerate(values)}
     return _scale_leaves(
-        tuple(leaves[job.index] for job in jobs),
+        tuple(leaves[job.place] for job in jobs),
         tuple(values.values()),
         which=tuple(place[_identity(job.factor)] for job in jobs),
         checked=tuple(job.checked for job in jobs),
@@ -289,10 +292,10 @@ def _refuse_lost(
 ) -> None:
     """Raises if a leaf that was looked at lost its values; ``peaks`` are their magnitudes."""
     bad = {
-        job.index: f"{leaves[job.index].dtype}{list(leaves[job.index].shape)} × {job.factor:g} {why}"
+        job.place: f"{_tree.describe(leaves[job.place])} × {job.factor:g} {why}"
         for job in jobs
-        if job.index in peaks
-        and (why := _complaint(leaves[job.index], job.factor, float(peaks[job.index])))
+        if job.place in peaks
+        and (why := _complaint(leaves[job.place], job.factor, float(peaks[job.place])))
     }
     if not bad:
         return
