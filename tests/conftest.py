@@ -10,8 +10,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 # Compilation makes the first example of a property slow; a deadline would measure that.
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For tests that run optax's own optimizers: Adam's ``b1**count`` is float**int in them."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -64,7 +64,7 @@ class EffectiveScale:
 
     @property
     def kind(self) -> str:
-        """``'linear'`` (p = 1), ``'invariant'`` (p = 0, factors in front cancel) or ``'neither'``."""
+        """``'linear'`` (p = 1), ``'invariant'`` (p = 0: factors in front cancel) or neither."""
         for kind, order in (("linear", 1.0), ("invariant", 0.0)):
             if all(abs(p - order) < _TOLERANCE for p in self.gradient_order):
                 return kind
@@ -104,7 +104,7 @@ def effective_lr_scale(
     the :func:`unit_scale_lr` factors inside it; with gradients, or updates, times ``factor``; and
     with parameters doubled.  Each answer is a ratio of update norms
 
-    .. math:: \rho = \sqrt{\sum_t \lVert u'_t \rVert^2} \Big/ \sqrt{\sum_t \lVert u_t \rVert^2}
+    .. math:: \rho = \operatorname{mean}_t\, \lVert u'_t \rVert / \lVert u_t \rVert
 
     over step 1, steps 1 to 5, and the last 5 steps.  Nothing is looked up: optimizers of optax,
     chains, wrappers and your own are measured alike.
@@ -204,9 +204,10 @@ def _ratios(changed: Sequence[Tree], plain: Sequence[Tree]) -> Ratios:
 
 
 def _ratio(changed: Sequence[Tree], plain: Sequence[Tree]) -> float:
-    """NaN where the plain updates are all zero, as the first ones of rprop are."""
-    norms = [_probe.norm(list(updates)) for updates in (changed, plain)]
-    return norms[0] / norms[1] if norms[1] else math.nan
+    """The mean over steps; ones where the plain update is zero, as rprop's first, say nothing."""
+    norms = [(_probe.norm(a), _probe.norm(b)) for a, b in zip(changed, plain, strict=True)]
+    ratios = [a / b for a, b in norms if b]
+    return sum(ratios) / len(ratios) if ratios else math.nan
 
 
 def _per_leaf(changed: Sequence[Tree], plain: Sequence[Tree]) -> dict[str, float]:

@@ -154,9 +154,11 @@ def _restore_decay(updates: Tree, params: Tree | None, k: Any, decay: Any) -> Tr
     ks = _tree.broadcast_prefix(k, updates, keys, what="k")
     decays = _tree.broadcast_prefix(decay, updates, keys, what="keep_decay")
     weights = jax.tree.leaves(params, is_leaf=_tree.is_hole)
-    return treedef.unflatten(
-        [
-            u if _tree.is_hole(u) else _factors.add_multiple(u, (1 / k1 - 1) * d, w)
-            for u, k1, d, w in zip(leaves, ks, decays, weights, strict=True)
-        ]
-    )
+    rows = zip(leaves, ks, decays, weights, strict=True)
+    return treedef.unflatten([_restore_leaf(u, k1, d, w) for u, k1, d, w in rows])
+
+
+def _restore_leaf(update: Any, k: Factor, decay: Factor, weight: Any) -> Any:
+    if _tree.is_hole(update) or not _factors.is_scaled(update):
+        return update
+    return _factors.add_multiple(update, (1 / k - 1) * decay, weight)

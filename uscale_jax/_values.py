@@ -221,7 +221,8 @@ def _by_device(leaves: Sequence[Any], jobs: Sequence[_Job]) -> list[list[_Job]]:
     for job in jobs:
         leaf = leaves[job.place]
         placed = isinstance(leaf, jax.Array) and not _jax.is_traced(leaf) and leaf.committed
-        groups.setdefault(leaf.sharding.device_set if placed else None, []).append(job)
+        devices = frozenset(leaf.sharding.device_set) if placed else None
+        groups.setdefault(devices, []).append(job)
     free = groups.pop(None, [])
     if not groups:
         return [free] if free else []
