@@ -18,6 +18,13 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def committed_devices(x: Any) -> frozenset[jax.Device] | None:
+    """Returns the devices an array was put on, or None where JAX may choose (or it is traced)."""
+    if is_traced(x) or not getattr(x, "committed", False):
+        return None
+    return frozenset(x.sharding.device_set)
+
+
 def with_weak_type(x: jax.Array, like: Any) -> jax.Array:
     """Returns ``x`` weakly typed where ``like`` is (Python scalars give weakly typed arrays).
 

@@ -1,8 +1,8 @@
 """scale_params: W' = k·W on a whole parameter tree, as one compiled program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,6 @@ from uscale_jax._types import Factor, Key, Tree, Where
 # No trained parameter is larger than this, nor its reciprocal smaller: a leaf is looked at for
 # overflow (which costs one more pass over it) only where a parameter below it could overflow.
 _PLAUSIBLE = 2.0**80
-
-
-class _Job(NamedTuple):
-    """One leaf to scale: its place in the flat tree, its factor, and whether to look at it."""
-
-    place: int
-    factor: Factor
-    checked: bool
 
 
 def scale_params(
@@ -77,53 +69,43 @@ def scale_params(
       al., *Tensor Programs V*, 2022 (arXiv:2203.03466), appendix on parametrizations.
     """
     leaves, treedef = jax.tree.flatten(params)
-    jobs = _plan(params, leaves, k, where, exponents)
+    roles = _roles(params, leaves)
+    factors, chosen = _plan(params, leaves, roles, k, where, exponents)
     scaled = list(leaves)
-    peaks: dict[int, jax.Array] = {}
-    for group in _by_device(leaves, jobs):
-        out, looked_at = _run(leaves, group)
-        for job, leaf in zip(group, out, strict=True):
-            scaled[job.place] = leaf
-        peaks.update(zip([job.place for job in group if job.checked], looked_at, strict=True))
-    if peaks:
-        _refuse_lost(params, leaves, jobs, peaks)
+    lost: dict[int, str] = {}
+    for places in _by_device(leaves, chosen):
+        these, apart = [leaves[i] for i in places], [factors[i] for i in places]
+        out, complaints = _run(these, apart)
+        for i, leaf in zip(places, out, strict=True):
+            scaled[i] = leaf
+        lost |= {places[n]: why for n, why in complaints.items()}
+    if lost:
+        _refuse_lost(params, leaves, factors, lost)
     return jax.tree.unflatten(treedef, scaled)
 
 
-def _plan(
-    params: Tree, leaves: Sequence[Any], k: Any, where: Where | None, exponents: Any
-) -> list[_Job]:
-    """Which leaves are multiplied by what; everything that can be refused is refused here."""
-    if not all(map(_is_array, leaves)):
-        _refuse(params, _is_array, TypeError, _NOT_ARRAYS)
-    if not all(map(_keeps_dtype, leaves)):
-        _refuse(params, _keeps_dtype, ValueError, _NOT_64_BIT)
-    simple = jax.tree_util.treedef_is_leaf(jax.tree.structure(k)) and k is not None
-    keys = None if simple and where is None and exponents is None else _keys(params)
-    factors = _factors_per_leaf(params, keys, len(leaves), k, exponents)
-    chosen = [i for i, leaf in enumerate(leaves) if _factors.is_scaled(leaf)]
-    if where is not None:
-        chosen = _select(leaves, keys or [], chosen, where)
-    return [
-        _Job(i, factors[i], _needs_look(leaves[i], factors[i]))
-        for i in chosen
-        if not isinstance(leaves[i], jax.ShapeDtypeStruct)
-    ]
+_Role = Literal["scaled", "passes", "no array", "64 bit"]
 
 
-def _keys(params: Tree) -> list[Key]:
-    return _tree.flatten_named(params)[0]
+def _roles(params: Tree, leaves: Sequence[Any]) -> list[_Role]:
+    """What happens to each leaf, which its type and dtype decide; refuses what cannot be taken."""
+    kinds = [(type(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
+    role = {kind: _role(leaf) for kind, leaf in dict(zip(kinds, leaves, strict=True)).items()}
+    roles = [role[kind] for kind in kinds]
+    for bad, (error, advice) in _REFUSED.items():
+        if bad in role.values():
+            raise error(_refusal(params, [r == bad for r in roles], advice))
+    return roles
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _keeps_dtype(leaf: Any) -> bool:
-    """Whether JAX would hold a NumPy leaf in its own dtype (64 bits only where enabled)."""
-    if not isinstance(leaf, np.ndarray | np.generic) or not _factors.is_scaled(leaf):
-        return True
-    return bool(jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype)
+def _role(leaf: Any) -> _Role:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return "passes"
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return "no array"
+    if not _factors.is_scaled(leaf):
+        return "passes"
+    return "scaled" if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype else "64 bit"
 
 
 _NOT_ARRAYS = (
@@ -134,18 +116,44 @@ _NOT_64_BIT = (
     "Expected: a dtype JAX holds as it is; 64 bits are switched off. Fix: "
     "jax.config.update('jax_enable_x64', True), or leaf.astype(np.float32)."
 )
+_REFUSED: dict[_Role, tuple[type[Exception], str]] = {
+    "no array": (TypeError, _NOT_ARRAYS),
+    "64 bit": (ValueError, _NOT_64_BIT),
+}
 
 
-def _refuse(
-    params: Tree, accepts: Callable[[Any], bool], error: type[Exception], advice: str
-) -> NoReturn:
+def _refusal(params: Tree, bad: Sequence[bool], advice: str) -> str:
     keys, leaves, _ = _tree.flatten_named(params)
-    bad = [
+    lines = [
         f"  leaf {_tree.name(key)!r}: got {_tree.describe(leaf)}"
-        for key, leaf in zip(keys, leaves, strict=True)
-        if not accepts(leaf)
+        for key, leaf, refused in zip(keys, leaves, bad, strict=True)
+        if refused
     ]
-    raise error("\n".join(["scale_params cannot take this tree.", *bad[:8], advice]))
+    return "\n".join(["scale_params cannot take this tree.", *lines[:8], advice])
+
+
+def _plan(
+    params: Tree,
+    leaves: Sequence[Any],
+    roles: Sequence[_Role],
+    k: Any,
+    where: Where | None,
+    exponents: Any,
+) -> tuple[list[Factor], list[int]]:
+    """The factor of every leaf, and the places of those that take it."""
+    simple = jax.tree_util.treedef_is_leaf(jax.tree.structure(k)) and k is not None
+    keys = None if simple and where is None and exponents is None else _keys(params)
+    factors = _factors_per_leaf(params, keys, len(leaves), k, exponents)
+    chosen = [i for i, role in enumerate(roles) if role == "scaled"]
+    if where is None:
+        return factors, chosen
+    floating = [i for i, leaf in enumerate(leaves) if _factors.is_scaled(leaf)]
+    selected = set(_select(leaves, keys or [], floating, where))
+    return factors, [i for i in chosen if i in selected]
+
+
+def _keys(params: Tree) -> list[Key]:
+    return _tree.flatten_named(params)[0]
 
 
 def _factors_per_leaf(
@@ -201,28 +209,18 @@ def _verdict(where: Where, key: Key, leaf: Any) -> bool:
     )
 
 
-def _needs_look(leaf: Any, factor: Factor) -> bool:
-    """Whether to look at a leaf's values: they are there, and the factor could lose them."""
-    if _jax.is_traced(leaf) or not isinstance(factor, float):
-        return False
-    return _is_extreme(factor, leaf.dtype)
-
-
 @lru_cache(maxsize=1024)
-def _is_extreme(factor: float, dtype: Any) -> bool:
+def _is_extreme(dtype: Any, factor: float) -> bool:
     """Whether plausible values of this dtype could overflow, or all vanish, under this factor."""
     info = jnp.finfo(dtype)
     return float(info.max) / factor < _PLAUSIBLE or factor / float(info.tiny) < _PLAUSIBLE
 
 
-def _by_device(leaves: Sequence[Any], jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """One group per set of devices: a program runs on one set only."""
-    groups: dict[Any, list[_Job]] = {}
-    for job in jobs:
-        leaf = leaves[job.place]
-        placed = isinstance(leaf, jax.Array) and not _jax.is_traced(leaf) and leaf.committed
-        devices = frozenset(leaf.sharding.device_set) if placed else None
-        groups.setdefault(devices, []).append(job)
+def _by_device(leaves: Sequence[Any], chosen: Sequence[int]) -> list[list[int]]:
+    """The chosen places, one group per set of devices: a program runs on one set only."""
+    groups: dict[Any, list[int]] = {}
+    for i in chosen:
+        groups.setdefault(_jax.committed_devices(leaves[i]), []).append(i)
     free = groups.pop(None, [])
     if not groups:
         return [free] if free else []
@@ -230,15 +228,21 @@ def _by_device(leaves: Sequence[Any], jobs: Sequence[_Job]) -> list[list[_Job]]:
     return list(groups.values())
 
 
-def _run(leaves: Sequence[Any], jobs: Sequence[_Job]) -> Any:
-    values = {_identity(job.factor): job.factor for job in jobs}
+def _run(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[Any, dict[int, str]]:
+    """The scaled leaves, and what is wrong with those that lost their values, by place."""
+    values = {_identity(factor): factor for factor in factors}
     place = {identity: n for n, identity in enumerate(values)}
-    return _scale_leaves(
-        tuple(leaves[job.place] for job in jobs),
+    one = len(values) == 1
+    looked_at = _to_look_at(leaves, factors)
+    out, peaks = _scale_leaves(
+        tuple(leaves),
         tuple(values.values()),
-        which=tuple(place[_identity(job.factor)] for job in jobs),
-        checked=tuple(job.checked for job in jobs),
+        which=None if one else tuple(place[_identity(factor)] for factor in factors),
+        looked_at=looked_at,
     )
+    pairs = zip(looked_at, peaks, strict=True)
+    found = {n: _complaint(leaves[n].dtype, factors[n], float(peak)) for n, peak in pairs}
+    return out, {n: complaint for n, complaint in found.items() if complaint}
 
 
 def _identity(factor: Factor) -> float | str:
@@ -246,18 +250,30 @@ def _identity(factor: Factor) -> float | str:
     return factor if isinstance(factor, float) else f"traced {id(factor)}"
 
 
-@partial(jax.jit, static_argnames=("which", "checked"))
+def _to_look_at(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[int, ...]:
+    """Places whose values are there to look at, and could be lost."""
+    if any(map(_jax.is_traced, leaves)):
+        return ()
+    kinds = [(leaf.dtype, factor) for leaf, factor in zip(leaves, factors, strict=True)]
+    extreme = {kind for kind in set(kinds) if isinstance(kind[1], float) and _is_extreme(*kind)}
+    return tuple(n for n, kind in enumerate(kinds) if kind in extreme) if extreme else ()
+
+
+@partial(jax.jit, static_argnames=("which", "looked_at"))
 def _scale_leaves(
     leaves: tuple[jax.Array, ...],
     factors: tuple[Factor, ...],
     *,
-    which: tuple[int, ...],
-    checked: tuple[bool, ...],
+    which: tuple[int, ...] | None,
+    looked_at: tuple[int, ...],
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The scaled leaves, and the largest finite magnitude of the ones to look at."""
-    scaled = tuple(_factors.multiply(x, factors[n]) for x, n in zip(leaves, which, strict=True))
-    looked_at = (x for x, look in zip(leaves, checked, strict=True) if look)
-    return scaled, tuple(map(_largest_finite, looked_at))
+    """The scaled leaves, and the largest finite magnitude of the ones to look at.
+
+    ``which`` gives the place of each leaf's factor in ``factors``, None if there is only one.
+    """
+    places = which or (0,) * len(leaves)
+    scaled = tuple(_factors.multiply(x, factors[n]) for x, n in zip(leaves, places, strict=True))
+    return scaled, tuple(_largest_finite(leaves[n]) for n in looked_at)
 
 
 def _largest_finite(x: jax.Array) -> jax.Array:
@@ -265,18 +281,18 @@ def _largest_finite(x: jax.Array) -> jax.Array:
     return jnp.max(magnitude, initial=0, where=jnp.isfinite(magnitude))
 
 
-def _complaint(leaf: Any, factor: float, peak: float) -> str | None:
+def _complaint(dtype: Any, factor: float, peak: float) -> str | None:
     """What is wrong with factor·leaf, given its largest magnitude; rounding is monotone, so that
     element alone tells whether anything overflows or everything vanishes.
     """
-    info, largest = jnp.finfo(leaf.dtype), peak * factor
+    info, largest = jnp.finfo(dtype), peak * factor
     top = float(info.max)
     half_step = 2.0 ** np.floor(np.log2(top)) * float(info.eps) / 2
     with np.errstate(over="ignore"):
         rounded = float(np.asarray(largest).astype(info.dtype))
     if not np.isfinite(rounded) or largest > top + half_step:
         return (
-            f"overflows: its largest |k·W| is {largest:.4g}, {leaf.dtype} ends at {top:.4g}; "
+            f"overflows: its largest |k·W| is {largest:.4g}, {dtype} ends at {top:.4g}; "
             f"expected k ≤ {top / peak:.4g}"
         )
     if peak > 0 and rounded == 0:
@@ -289,22 +305,12 @@ def _complaint(leaf: Any, factor: float, peak: float) -> str | None:
 
 
 def _refuse_lost(
-    params: Tree, leaves: Sequence[Any], jobs: Sequence[_Job], peaks: Mapping[int, jax.Array]
-) -> None:
-    """Raises if a leaf that was looked at lost its values; ``peaks`` are their magnitudes."""
-    bad = {
-        job.place: f"{_tree.describe(leaves[job.place])} × {job.factor:g} {why}"
-        for job in jobs
-        if job.place in peaks
-        and (why := _complaint(leaves[job.place], job.factor, float(peaks[job.place])))
-    }
-    if not bad:
-        return
+    params: Tree, leaves: Sequence[Any], factors: Sequence[Factor], lost: Mapping[int, str]
+) -> NoReturn:
     keys = _keys(params)
-    raise ValueError(
-        "\n".join(
-            ["scale_params would lose values."]
-            + [f"  leaf {_tree.name(keys[i])!r}: {words}" for i, words in list(bad.items())[:8]]
-            + ["Fix: a factor in that range, or a wider dtype: leaf.astype(jnp.float32)."]
-        )
-    )
+    lines = [
+        f"  leaf {_tree.name(keys[i])!r}: {_tree.describe(leaves[i])} × {factors[i]:g} {why}"
+        for i, why in list(lost.items())[:8]
+    ]
+    advice = "Fix: a factor in that range, or a wider dtype: leaf.astype(jnp.float32)."
+    raise ValueError("\n".join(["scale_params would lose values.", *lines, advice]))
