@@ -138,6 +138,12 @@ def test_leaves_on_different_devices_stay_where_they_are():
     assert scaled["b"].sharding == SingleDeviceSharding(second)
 
 
+def test_traced_factors_beside_concrete_ones_and_concrete_leaves():
+    params = {"a": jnp.array([3.0]), "b": jnp.array([5.0], jnp.float16)}
+    scaled = jax.jit(lambda k: us.scale_params(params, {"a": k, "b": 2.0}))(4.0)
+    assert (float(scaled["a"][0]), float(scaled["b"][0])) == (12.0, 10.0)
+
+
 def test_does_not_touch_the_host_inside_jit():
     params = {"w": jnp.ones((3, 5), jnp.float16)}
     scale = jax.jit(us.scale_params)
@@ -246,6 +252,14 @@ def test_overflow_is_reported_with_the_leaf_and_a_factor_that_fits(dtype, value,
         us.scale_params(params, {"ok": 1.0, "big": k})
     scaled = us.scale_params(params, {"ok": 1.0, "big": safe})["big"]
     assert np.all(np.isfinite(np.asarray(scaled, np.float32)))
+
+
+def test_overflow_of_constants_is_reported_while_tracing():
+    params = {"w": jnp.full((3,), 300.0, jnp.float16)}
+    run = lambda k: jax.jit(lambda x: us.scale_params(params, k)["w"] + x)(jnp.float16(1))  # noqa: E731
+    np.testing.assert_array_equal(run(2.0), np.full(3, 601.0))
+    with pytest.raises(ValueError, match="leaf 'w'.*overflows"):
+        run(1000.0)
 
 
 def test_infinities_that_were_there_before_are_no_overflow():

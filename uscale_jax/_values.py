@@ -210,7 +210,7 @@ def _verdict(where: Where, key: Key, leaf: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _is_extreme(dtype: Any, factor: float) -> bool:
+def _is_extreme(dtype: Any, factor: Any) -> bool:
     """Whether plausible values of this dtype could overflow, or all vanish, under this factor."""
     info = jnp.finfo(dtype)
     return float(info.max) / factor < _PLAUSIBLE or factor / float(info.tiny) < _PLAUSIBLE
@@ -240,6 +240,9 @@ def _run(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[Any, dict[in
         which=None if one else tuple(place[_identity(factor)] for factor in factors),
         looked_at=looked_at,
     )
+    if any(map(_jax.is_traced, peaks)):  # constants of somebody's jit: their values are known
+        with _jax.concretely():
+            peaks = tuple(_largest_finite(leaves[n]) for n in looked_at)
     pairs = zip(looked_at, peaks, strict=True)
     found = {n: _complaint(leaves[n].dtype, factors[n], float(peak)) for n, peak in pairs}
     return out, {n: complaint for n, complaint in found.items() if complaint}
@@ -252,10 +255,10 @@ def _identity(factor: Factor) -> float | str:
 
 def _to_look_at(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[int, ...]:
     """Places whose values are there to look at, and could be lost."""
-    if any(map(_jax.is_traced, leaves)):
+    if any(map(_jax.is_traced, (*leaves, *factors))):
         return ()
     kinds = [(leaf.dtype, factor) for leaf, factor in zip(leaves, factors, strict=True)]
-    extreme = {kind for kind in set(kinds) if isinstance(kind[1], float) and _is_extreme(*kind)}
+    extreme = {kind for kind in set(kinds) if _is_extreme(*kind)}
     return tuple(n for n, kind in enumerate(kinds) if kind in extreme) if extreme else ()
 
 
