@@ -1,0 +1,1 @@
+"""Benchmarks of ``uscale_jax``; run them with ``python -m benchmarks``."""

@@ -1,0 +1,1 @@
+"""Language models for the benchmarks, each in the framework its module is named after."""

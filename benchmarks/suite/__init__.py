@@ -1,0 +1,1 @@
+"""One module per benchmark; each defines ``BENCHMARK`` and is found by its presence here."""
