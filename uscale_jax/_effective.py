@@ -1,17 +1,20 @@
 """effective_lr_scale: what an optimizer really makes of a learning-rate factor, measured."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from uscale_jax import _factors, _probe, _tree
 from uscale_jax._learning_rate import ACTIVE
 from uscale_jax._types import Tree
+
+_Norms: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 _EARLY = 5  # steps in the early window; the late window is the last as many steps
 _TOLERANCE = 0.02  # on an order of homogeneity, p in U(c·g) = c^p·U(g)
@@ -146,36 +149,64 @@ def effective_lr_scale(
             f"steps={steps}. Fix: factor=0.5, steps=50."
         )
     start = _filled(params, seed)
-    gradients = grads or (lambda t: _probe.random_like(start, seed + 1 + t, gradient_rms))
-    step = _step(tx, extra_args)
-
-    def run(weights: Tree = start, **changes: float) -> list[Tree]:
-        knobs = {"before": 1.0, "after": 1.0, "active": 1.0} | changes
-        arrays = {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
-        carry, updates = (tx.init(weights), weights), []
-        for t in range(steps):
-            carry, update = step(carry, gradients(t), arrays)
-            updates.append(update)
-        return updates
-
-    plain = run()
-    bare = run(active=0.0)
-    doubled = jax.tree.map(lambda w: _factors.multiply(w, 2.0), start)
+    gradients = grads or (lambda t: _probe.noise_like(start, seed + 1 + t, gradient_rms))
+    doubled = _factors.multiply_tree(start, 2.0)
+    norms = _run(
+        _step(tx, extra_args),
+        {
+            "plain": _Run(tx.init(start), start),
+            "bare": _Run(tx.init(start), start, active=0.0),
+            "before": _Run(tx.init(start), start, before=factor),
+            "after": _Run(tx.init(start), start, after=factor),
+            "doubled": _Run(tx.init(doubled), doubled),
+        },
+        map(gradients, range(steps)),
+    )
+    plain, bare = norms["plain"], norms["bare"]
+    keys, _, _ = _tree.flatten_named(start)
     return EffectiveScale(
         inside=_ratios(plain, bare),
-        before=_ratios(run(before=factor), plain),
-        after=_ratios(run(after=factor), plain),
-        parameters=_ratios(run(doubled), plain),
-        leaves=_per_leaf(plain[-_EARLY:], bare[-_EARLY:]),
+        before=_ratios(norms["before"], plain),
+        after=_ratios(norms["after"], plain),
+        parameters=_ratios(norms["doubled"], plain),
+        leaves={
+            _tree.name(key): _ratio(a[-_EARLY:], b[-_EARLY:])
+            for key, a, b in zip(keys, plain.T, bare.T, strict=True)
+        },
         factor=float(factor),
     )
 
 
+class _Run(NamedTuple):
+    """One run of the optimizer, and what is changed in it."""
+
+    state: optax.OptState
+    params: Tree
+    before: float = 1.0
+    after: float = 1.0
+    active: float = 1.0
+
+
+def _run(step: Any, runs: dict[str, _Run], gradients: Iterable[Tree]) -> dict[str, _Norms]:
+    """The update norms of each run, [steps, leaves]; all runs see the same gradients."""
+    norms: dict[str, list[Any]] = {name: [] for name in runs}
+    for grads in gradients:
+        for name, run in runs.items():
+            runs[name], norm = step(run, grads)
+            norms[name].append(norm)
+    return {name: np.asarray(jax.device_get(norm), np.float64) for name, norm in norms.items()}
+
+
 def _filled(params: Tree, seed: int) -> Tree:
-    """Floating parameters, with values where only shapes are given."""
-    noise = _probe.random_like(params, seed, 0.5)
+    """Parameters, with values of RMS 0.5 where only shapes are given."""
+    rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda p, n: n if isinstance(p, jax.ShapeDtypeStruct) else jnp.asarray(p), params, noise
+        lambda p: (
+            _probe.noise_like(p, int(rng.integers(2**31)), 0.5)
+            if isinstance(p, jax.ShapeDtypeStruct)
+            else jnp.asarray(p)
+        ),
+        params,
     )
 
 
@@ -183,34 +214,31 @@ def _step(tx: optax.GradientTransformation, extra_args: Mapping[str, Any]) -> An
     whole = optax.with_extra_args_support(tx)
 
     @jax.jit
-    def step(carry: Any, grads: Tree, knobs: Mapping[str, jax.Array]) -> Any:
-        state, params = carry
-        grads = _times(grads, knobs["before"])
-        extra = {**extra_args, ACTIVE: knobs["active"]}
-        updates, state = whole.update(grads, state, params, **extra)
-        updates = _times(updates, knobs["after"])
-        return (state, optax.apply_updates(params, updates)), updates
+    def step(run: _Run, grads: Tree) -> tuple[_Run, list[jax.Array]]:
+        grads = _factors.multiply_tree(grads, run.before)
+        extra = {**extra_args, ACTIVE: run.active}
+        updates, state = whole.update(grads, run.state, run.params, **extra)
+        updates = _factors.multiply_tree(updates, run.after)
+        norms = [_norm(update) for update in jax.tree.leaves(updates)]
+        return run._replace(state=state, params=optax.apply_updates(run.params, updates)), norms
 
     return step
 
 
-def _times(tree: Tree, factor: jax.Array) -> Tree:
-    return jax.tree.map(lambda x: _factors.multiply(x, factor), tree)
+def _norm(update: jax.Array) -> jax.Array:
+    if not _factors.is_scaled(update):
+        return jnp.zeros(())
+    return jnp.linalg.norm(jnp.ravel(update).astype(_factors.compute_dtype(update.dtype)))
 
 
-def _ratios(changed: Sequence[Tree], plain: Sequence[Tree]) -> Ratios:
+def _ratios(changed: _Norms, plain: _Norms) -> Ratios:
+    """The ratios over all leaves; norms come as [steps, leaves]."""
+    whole = [np.linalg.norm(norms, axis=1) for norms in (changed, plain)]
     windows = (slice(0, 1), slice(0, _EARLY), slice(-_EARLY, None))
-    return Ratios(*(_ratio(changed[window], plain[window]) for window in windows))
+    return Ratios(*(_ratio(*(norms[window] for norms in whole)) for window in windows))
 
 
-def _ratio(changed: Sequence[Tree], plain: Sequence[Tree]) -> float:
+def _ratio(changed: _Norms, plain: _Norms) -> float:
     """The mean over steps; ones where the plain update is zero, as rprop's first, say nothing."""
-    norms = [(_probe.norm(a), _probe.norm(b)) for a, b in zip(changed, plain, strict=True)]
-    ratios = [a / b for a, b in norms if b]
-    return sum(ratios) / len(ratios) if ratios else math.nan
-
-
-def _per_leaf(changed: Sequence[Tree], plain: Sequence[Tree]) -> dict[str, float]:
-    keys, _, _ = _tree.flatten_named(plain[0])
-    columns = [zip(*map(jax.tree.leaves, run), strict=True) for run in (changed, plain)]
-    return {_tree.name(key): _ratio(a, b) for key, a, b in zip(keys, *columns, strict=True)}
+    steps = np.flatnonzero(plain)
+    return float(np.mean(changed[steps] / plain[steps])) if steps.size else math.nan

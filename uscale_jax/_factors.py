@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uscale_jax import _jax
-from uscale_jax._types import Factor
+from uscale_jax._types import Factor, Tree
 
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -82,11 +82,9 @@ def multiply(x: jax.Array, factor: Factor) -> jax.Array:
     return _jax.with_weak_type(product.astype(x.dtype), x)
 
 
-def divide(x: jax.Array, factor: Factor) -> jax.Array:
-    """Returns x/factor with the dtype, weak type and sharding of ``x``, rounded once."""
-    wide = compute_dtype(x.dtype)
-    quotient = x.astype(wide) / _factor_array(factor, wide)
-    return _jax.with_weak_type(quotient.astype(x.dtype), x)
+def multiply_tree(tree: Tree, factor: Factor) -> Tree:
+    """Returns the tree with every floating leaf multiplied by one factor."""
+    return jax.tree.map(lambda x: multiply(x, factor) if is_scaled(x) else x, tree)
 
 
 def power(k: Factor, exponent: float | jax.Array) -> Factor:

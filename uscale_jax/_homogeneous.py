@@ -170,4 +170,4 @@ def _divide_output(leaf: Any, power: float, k: Factor, key: Key) -> Any:
             f"output {_tree.name(key)!r} is {_tree.describe(leaf)}, which cannot carry a power of "
             f"k, got exponent {power}. Fix: give it exponent 0."
         )
-    return _factors.divide(leaf, _factors.power(k, power))
+    return _factors.multiply(leaf, _factors.power(k, -power))

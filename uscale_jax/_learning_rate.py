@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from uscale_jax import _chain_order, _factors, _tree
-from uscale_jax._types import Factor, Key, Tree
+from uscale_jax._types import Factor, Tree
 
 # Extra argument by which effective_lr_scale asks for the update without our factors: an array
 # that is 1 where the factors act and 0 where they do not.
@@ -55,8 +55,8 @@ def unit_scale_lr(k: Any, *, keep_decay: Any = None) -> optax.GradientTransforma
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.  Updates keep dtype, weak type and sharding;
-      those narrower than float32 are divided in float32 and rounded once.  The state is empty,
-      or one int32 count with schedules.
+      those narrower than float32 are multiplied by 1/k in float32 and rounded once.  The state is
+      empty, or one int32 count with schedules.
 
     Raises:
       TypeError, ValueError: ``k`` is not as described (at construction, or when a prefix meets
@@ -107,7 +107,10 @@ def _checked(prefix: Any, what: str, check: Check) -> Any:
     keys, entries, treedef = _tree.flatten_named(prefix, is_leaf=lambda x: x is None)
     names = [f"{what}[{_tree.name(key)!r}]" if key else what for key in keys]
     pairs = zip(entries, names, strict=True)
-    return treedef.unflatten([e if callable(e) else check(e, label) for e, label in pairs])
+    # None stands where the tree has no leaf: jax.tree.map over such a tree makes such a prefix.
+    keep = lambda entry: callable(entry) or (entry is None and keys != [()])  # noqa: E731
+    checked = [e if keep(e) else check(e, label) for e, label in pairs]
+    return jax.tree.unflatten(treedef, checked)
 
 
 def _check_decay(decay: Any, what: str) -> Factor:
@@ -122,25 +125,19 @@ def _at(prefix: Any, step: jax.Array | None, what: str, check: Check) -> Any:
     )
 
 
-def _flat(tree: Tree) -> tuple[list[Key], list[Any], Any]:
-    return _tree.flatten_named(tree, is_leaf=_tree.is_hole)
-
-
 def _divide(updates: Tree, k: Any, active: jax.Array | None) -> Tree:
-    keys, leaves, treedef = _flat(updates)
-    factors = _tree.broadcast_prefix(k, updates, keys, what="k")
-    return treedef.unflatten(
-        [_divide_leaf(leaf, factor, active) for leaf, factor in zip(leaves, factors, strict=True)]
-    )
+    keys, leaves, treedef = _tree.flatten_named(updates)
+    ks = _tree.broadcast_prefix(k, updates, keys, what="k")
+    pairs = zip(leaves, ks, strict=True)
+    return jax.tree.unflatten(treedef, [_divide_leaf(leaf, one, active) for leaf, one in pairs])
 
 
 def _divide_leaf(update: Any, k: Factor, active: jax.Array | None) -> Any:
-    if _tree.is_hole(update):
-        return update
     update = jnp.asarray(update)
     if not _factors.is_scaled(update):
         return update
-    return _factors.divide(update, k if active is None else _factors.power(k, active))
+    factor = 1 / k if active is None else _factors.power(1 / k, active)
+    return _factors.multiply(update, factor)
 
 
 def _restore_decay(updates: Tree, params: Tree | None, k: Any, decay: Any) -> Tree:
@@ -150,15 +147,18 @@ def _restore_decay(updates: Tree, params: Tree | None, k: Any, decay: Any) -> Tr
             "unit_scale_lr(k, keep_decay=...) needs the parameters, got params=None. "
             "Fix: call tx.update(grads, state, params)."
         )
-    keys, leaves, treedef = _flat(updates)
+    keys, leaves, treedef = _tree.flatten_named(updates)
     ks = _tree.broadcast_prefix(k, updates, keys, what="k")
     decays = _tree.broadcast_prefix(decay, updates, keys, what="keep_decay")
-    weights = jax.tree.leaves(params, is_leaf=_tree.is_hole)
-    rows = zip(leaves, ks, decays, weights, strict=True)
-    return treedef.unflatten([_restore_leaf(u, k1, d, w) for u, k1, d, w in rows])
+    # By name: parameters without an update (None) are in params all the same.
+    weights = dict(zip(*_tree.flatten_named(params)[:2], strict=True))
+    rows = zip(leaves, ks, decays, keys, strict=True)
+    return jax.tree.unflatten(
+        treedef, [_restore_leaf(u, k1, d, weights[key]) for u, k1, d, key in rows]
+    )
 
 
 def _restore_leaf(update: Any, k: Factor, decay: Factor, weight: Any) -> Any:
-    if _tree.is_hole(update) or not _factors.is_scaled(update):
+    if not _factors.is_scaled(update):
         return update
     return _factors.add_multiple(update, (1 / k - 1) * decay, weight)

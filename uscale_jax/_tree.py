@@ -1,10 +1,9 @@
 """Names of leaves, and tree prefixes that match by name instead of by container type."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from uscale_jax._types import Key, Tree
@@ -12,11 +11,6 @@ from uscale_jax._types import Key, Tree
 # Attribute under which flax's Param and Partitioned boxes hold their array.  It is dropped from
 # names, so that boxed and bare trees of one model name their leaves alike.
 _BOX_ATTRIBUTES = ("value", "_value")
-
-
-def is_hole(x: Any) -> bool:
-    """Returns whether ``x`` stands for an absent leaf: None, or what ``optax.masked`` puts in."""
-    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _key_string(entry: Any) -> str:
@@ -55,7 +49,7 @@ def flatten_named(
     return [leaf_key(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
 
 
-def _nearest(entries: Mapping[Key, Any], key: Key) -> Key | None:
+def _nearest(entries: Collection[Key], key: Key) -> Key | None:
     lengths = range(len(key), -1, -1)
     return next((key[:n] for n in lengths if key[:n] in entries), None)
 
@@ -73,22 +67,27 @@ def _misfit(what: str, missing: Sequence[Key], unused: Sequence[Key]) -> ValueEr
 
 
 def _without_empty(tree: Tree, unused: Sequence[Key]) -> list[Key]:
-    """An entry over a subtree without leaves is no mistake: drops those from ``unused``."""
-    keys, _, _ = flatten_named(tree, is_leaf=lambda node: not jax.tree.leaves(node))
-    return [key for key in unused if key not in set(keys)]
+    """Entries at or below a subtree without leaves are no mistake: drops them from ``unused``."""
+    is_empty = lambda node: not jax.tree.leaves(node)  # noqa: E731
+    keys, nodes, _ = flatten_named(tree, is_leaf=is_empty)
+    empty = {key for key, node in zip(keys, nodes, strict=True) if is_empty(node)}
+    return [key for key in unused if _nearest(empty, key) is None]
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree, keys: Sequence[Key], *, what: str) -> list[Any]:
     """Returns the entry of ``prefix`` for each of ``keys``, which are the leaves of ``tree``.
 
     Entries and leaves meet by name, so a plain dict fits a ``FrozenDict`` or an ``nnx.State``,
-    boxed or bare.  Every leaf must be covered and every entry used.
+    boxed or bare.  Every leaf must be covered, and every entry used unless it lies over a part of
+    the tree without leaves (None, ``optax.MaskedNode``, an empty dict).
 
     Raises:
       ValueError: naming the leaves that nothing covers and the entries that cover nothing.
     """
     entry_keys, values, _ = flatten_named(prefix, is_leaf=lambda x: x is None)
     entries = dict(zip(entry_keys, values, strict=True))
+    if prefix is not None:  # None in a prefix stands for a leaf that is not there
+        entries = {key: value for key, value in entries.items() if value is not None}
     nearest = [_nearest(entries, key) for key in keys]
     missing = [key for key, hit in zip(keys, nearest, strict=True) if hit is None]
     unused = [key for key in entries if key not in set(nearest)]
