@@ -42,6 +42,7 @@ def measure(
     repeats: int = 15,
     budget_s: float = 20.0,
     reference: str | None = None,
+    min_sample_s: float = MIN_SAMPLE_S,
 ) -> dict[str, Timing]:
     """Time thunks against each other and return the timing of each, by name.
 
@@ -59,6 +60,8 @@ def measure(
       repeats: most rounds to run.
       budget_s: seconds after which no further round begins.
       reference: the contestant that ratios refer to; the first one if not given.
+      min_sample_s: least length of a sample. A long one, of many calls, shows a loop with warm
+        caches; a single call shows what the contestant before it has left of them.
     """
     if not contestants or repeats < 1:
         raise ValueError("measure needs at least one contestant and one round")
@@ -66,7 +69,7 @@ def measure(
     reference = names[0] if reference is None else reference
     if reference not in contestants:
         raise ValueError(f"reference {reference!r} is not among {names}")
-    calls = {name: _calls_per_sample(thunk) for name, thunk in contestants.items()}
+    calls = {name: _calls_per_sample(thunk, min_sample_s) for name, thunk in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     with _no_garbage_collection():
@@ -91,10 +94,10 @@ def _sample(thunk: Thunk, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(thunk: Thunk) -> int:
-    """Warm up and return how many calls take at least MIN_SAMPLE_S."""
+def _calls_per_sample(thunk: Thunk, min_sample_s: float) -> int:
+    """Warm up and return how many calls take at least ``min_sample_s``."""
     jax.block_until_ready(thunk())
-    return max(1, int(np.ceil(MIN_SAMPLE_S / max(_sample(thunk, 1), 1e-7))))
+    return max(1, int(np.ceil(min_sample_s / max(_sample(thunk, 1), 1e-7))))
 
 
 def _summarise(samples: list[float], reference: list[float], calls: int) -> Timing:

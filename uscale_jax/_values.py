@@ -1,19 +1,14 @@
 """scale_params: W' = k·W on a whole parameter tree, as one compiled program."""
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _factors, _jax, _tree
+from uscale_jax import _factors, _jax, _overflow, _tree
 from uscale_jax._types import Factor, Key, Tree, Where
-
-# No trained parameter is larger than this, nor its reciprocal smaller: a leaf is looked at for
-# overflow (which costs one more pass over it) only where a parameter below it could overflow.
-_PLAUSIBLE = 2.0**80
 
 
 def scale_params(
@@ -69,19 +64,21 @@ def scale_params(
       al., *Tensor Programs V*, 2022 (arXiv:2203.03466), appendix on parametrizations.
     """
     leaves, treedef = jax.tree.flatten(params)
-    roles = _roles(params, leaves)
-    factors, chosen = _plan(params, leaves, roles, k, where, exponents)
+    factors, chosen = _plan(params, leaves, k, where, exponents)
     scaled = list(leaves)
     lost: dict[int, str] = {}
     for places in _by_device(leaves, chosen):
-        these, apart = [leaves[i] for i in places], [factors[i] for i in places]
-        out, complaints = _run(these, apart)
+        out, complaints = _run(_at(places, leaves), _at(places, factors))
         for i, leaf in zip(places, out, strict=True):
             scaled[i] = leaf
         lost |= {places[n]: why for n, why in complaints.items()}
     if lost:
-        _refuse_lost(params, leaves, factors, lost)
+        _overflow.refuse(_keys(params), leaves, factors, lost)
     return jax.tree.unflatten(treedef, scaled)
+
+
+def _at(places: Sequence[int], values: Sequence[Any]) -> Sequence[Any]:
+    return values if len(places) == len(values) else [values[i] for i in places]
 
 
 _Role = Literal["scaled", "passes", "no array", "64 bit"]
@@ -89,13 +86,12 @@ _Role = Literal["scaled", "passes", "no array", "64 bit"]
 
 def _roles(params: Tree, leaves: Sequence[Any]) -> list[_Role]:
     """What happens to each leaf, which its type and dtype decide; refuses what cannot be taken."""
-    kinds = [(type(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
+    kinds = [*zip(map(type, leaves), _jax.dtypes(leaves), strict=True)]
     role = {kind: _role(leaf) for kind, leaf in dict(zip(kinds, leaves, strict=True)).items()}
-    roles = [role[kind] for kind in kinds]
     for bad, (error, advice) in _REFUSED.items():
         if bad in role.values():
-            raise error(_refusal(params, [r == bad for r in roles], advice))
-    return roles
+            raise error(_refusal(params, [role[kind] == bad for kind in kinds], advice))
+    return [*map(role.__getitem__, kinds)]
 
 
 def _role(leaf: Any) -> _Role:
@@ -135,12 +131,12 @@ def _refusal(params: Tree, bad: Sequence[bool], advice: str) -> str:
 def _plan(
     params: Tree,
     leaves: Sequence[Any],
-    roles: Sequence[_Role],
     k: Any,
     where: Where | None,
     exponents: Any,
 ) -> tuple[list[Factor], list[int]]:
     """The factor of every leaf, and the places of those that take it."""
+    roles = _roles(params, leaves)
     simple = jax.tree_util.treedef_is_leaf(jax.tree.structure(k)) and k is not None
     keys = None if simple and where is None and exponents is None else _keys(params)
     factors = _factors_per_leaf(params, keys, len(leaves), k, exponents)
@@ -209,15 +205,10 @@ def _verdict(where: Where, key: Key, leaf: Any) -> bool:
     )
 
 
-@lru_cache(maxsize=1024)
-def _is_extreme(dtype: Any, factor: Any) -> bool:
-    """Whether plausible values of this dtype could overflow, or all vanish, under this factor."""
-    info = jnp.finfo(dtype)
-    return float(info.max) / factor < _PLAUSIBLE or factor / float(info.tiny) < _PLAUSIBLE
-
-
 def _by_device(leaves: Sequence[Any], chosen: Sequence[int]) -> list[list[int]]:
     """The chosen places, one group per set of devices: a program runs on one set only."""
+    if jax.device_count() == 1:
+        return [list(chosen)] if chosen else []
     groups: dict[Any, list[int]] = {}
     for i in chosen:
         groups.setdefault(_jax.committed_devices(leaves[i]), []).append(i)
@@ -230,10 +221,12 @@ def _by_device(leaves: Sequence[Any], chosen: Sequence[int]) -> list[list[int]]:
 
 def _run(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[Any, dict[int, str]]:
     """The scaled leaves, and what is wrong with those that lost their values, by place."""
-    values = {_identity(factor): factor for factor in factors}
+    objects = dict(zip(map(id, factors), factors, strict=True)).values()
+    values = {_identity(factor): factor for factor in objects}
     place = {identity: n for n, identity in enumerate(values)}
     one = len(values) == 1
-    looked_at = _to_look_at(leaves, factors)
+    traced = any(map(_jax.is_traced, _one_of_each_type((*leaves, *values.values()))))
+    looked_at = () if traced else _overflow.places_to_check(_jax.dtypes(leaves), factors)
     out, peaks = _scale_leaves(
         tuple(leaves),
         tuple(values.values()),
@@ -242,10 +235,10 @@ def _run(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[Any, dict[in
     )
     if any(map(_jax.is_traced, peaks)):  # constants of somebody's jit: their values are known
         with _jax.concretely():
-            peaks = tuple(_largest_finite(leaves[n]) for n in looked_at)
+            peaks = tuple(_overflow.largest_finite(leaves[n]) for n in looked_at)
     pairs = zip(looked_at, peaks, strict=True)
-    found = {n: _complaint(leaves[n].dtype, factors[n], float(peak)) for n, peak in pairs}
-    return out, {n: complaint for n, complaint in found.items() if complaint}
+    found = {n: _overflow.complaint(leaves[n].dtype, factors[n], float(peak)) for n, peak in pairs}
+    return out, {n: why for n, why in found.items() if why}
 
 
 def _identity(factor: Factor) -> float | str:
@@ -253,13 +246,9 @@ def _identity(factor: Factor) -> float | str:
     return factor if isinstance(factor, float) else f"traced {id(factor)}"
 
 
-def _to_look_at(leaves: Sequence[Any], factors: Sequence[Factor]) -> tuple[int, ...]:
-    """Places whose values are there to look at, and could be lost."""
-    if any(map(_jax.is_traced, (*leaves, *factors))):
-        return ()
-    kinds = [(leaf.dtype, factor) for leaf, factor in zip(leaves, factors, strict=True)]
-    extreme = {kind for kind in set(kinds) if _is_extreme(*kind)}
-    return tuple(n for n, kind in enumerate(kinds) if kind in extreme) if extreme else ()
+def _one_of_each_type(values: Iterable[Any]) -> Iterable[Any]:
+    """Trees have thousands of leaves of one type: asking each costs more than scaling it."""
+    return {type(value): value for value in values}.values()
 
 
 @partial(jax.jit, static_argnames=("which", "looked_at"))
@@ -276,44 +265,4 @@ def _scale_leaves(
     """
     places = which or (0,) * len(leaves)
     scaled = tuple(_factors.multiply(x, factors[n]) for x, n in zip(leaves, places, strict=True))
-    return scaled, tuple(_largest_finite(leaves[n]) for n in looked_at)
-
-
-def _largest_finite(x: jax.Array) -> jax.Array:
-    magnitude = jnp.abs(x.astype(_factors.compute_dtype(x.dtype)))
-    return jnp.max(magnitude, initial=0, where=jnp.isfinite(magnitude))
-
-
-def _complaint(dtype: Any, factor: float, peak: float) -> str | None:
-    """What is wrong with factor·leaf, given its largest magnitude; rounding is monotone, so that
-    element alone tells whether anything overflows or everything vanishes.
-    """
-    info, largest = jnp.finfo(dtype), peak * factor
-    top = float(info.max)
-    half_step = 2.0 ** np.floor(np.log2(top)) * float(info.eps) / 2
-    with np.errstate(over="ignore"):
-        rounded = float(np.asarray(largest).astype(info.dtype))
-    if not np.isfinite(rounded) or largest > top + half_step:
-        return (
-            f"overflows: its largest |k·W| is {largest:.4g}, {dtype} ends at {top:.4g}; "
-            f"expected k ≤ {top / peak:.4g}"
-        )
-    if peak > 0 and rounded == 0:
-        least = float(info.smallest_subnormal)
-        return (
-            f"vanishes: its largest |k·W| is {largest:.4g}, which rounds to zero; "
-            f"expected k ≥ {least / peak:.4g}"
-        )
-    return None
-
-
-def _refuse_lost(
-    params: Tree, leaves: Sequence[Any], factors: Sequence[Factor], lost: Mapping[int, str]
-) -> NoReturn:
-    keys = _keys(params)
-    lines = [
-        f"  leaf {_tree.name(keys[i])!r}: {_tree.describe(leaves[i])} × {factors[i]:g} {why}"
-        for i, why in list(lost.items())[:8]
-    ]
-    advice = "Fix: a factor in that range, or a wider dtype: leaf.astype(jnp.float32)."
-    raise ValueError("\n".join(["scale_params would lose values.", *lines, advice]))
+    return scaled, tuple(_overflow.largest_finite(leaves[n]) for n in looked_at)
