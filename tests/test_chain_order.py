@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import uscale_jax as us
+from uscale_jax import _chain_order
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -209,3 +210,18 @@ def test_large_models_are_probed_at_small_cost():
     huge = {"w": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}  # 4 TiB
     with pytest.warns(us.UnitScaleOrderWarning):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), huge)
+
+
+@pytest.mark.parametrize("broken", ["names of functions", "names of variables"])
+def test_an_optax_that_cannot_be_read_is_said_to_be_so(monkeypatch, broken):
+    """The chain is read from the stack; should optax change, silence is not an option."""
+    unknown = {"chain.<locals>.update_fn": lambda local: local["renamed"]}
+    readers = {} if broken == "names of functions" else unknown
+    monkeypatch.setattr(_chain_order, "_READERS", readers)
+    _chain_order._can_read_chains.cache_clear()
+    try:
+        tx = optax.chain(us.unit_scale_lr(2.0), optax.adam(LR))
+        with pytest.warns(us.UnitScaleOrderWarning, match="cannot be read"):
+            tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    finally:
+        _chain_order._can_read_chains.cache_clear()

@@ -204,3 +204,12 @@ def test_float0_gradients_of_integer_parameters_pass_through():
     tx = us.unit_scale_lr(2.0)
     updates, _ = tx.update(grads, tx.init(params))
     assert updates["n"].dtype == jax.dtypes.float0
+
+
+def test_updates_without_parameters_are_refused_and_parameters_without_updates_are_not():
+    tx = us.unit_scale_lr(2.0, keep_decay=0.5)
+    params = {"w": jnp.full((3,), 2.0), "frozen": jnp.ones(5)}
+    updates, _ = tx.update({"w": jnp.ones(3), "frozen": None}, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], np.zeros(3))
+    with pytest.raises(ValueError, match="updates without parameters: .'w'"):
+        tx.update({"w": jnp.ones(3)}, tx.init(params), {"v": jnp.ones(3)})

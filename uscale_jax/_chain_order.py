@@ -14,13 +14,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from uscale_jax import _factors, _jax, _probe, _tree
 from uscale_jax._types import Tree
@@ -62,11 +63,36 @@ class _Response:
 _seen: "weakref.WeakKeyDictionary[Update, set[Any]]" = weakref.WeakKeyDictionary()
 
 
-def check(updates: Tree) -> None:
-    """Warns, once, if what runs after the caller does not pass a factor on ``updates`` on."""
-    for followers in _enclosing(sys._getframe(1), updates):
+def check() -> None:
+    """Warns, once, if what runs after the caller does not pass a factor on its updates on."""
+    if not _can_read_chains():
+        warnings.warn(_UNREADABLE, UnitScaleOrderWarning, stacklevel=_user_level())
+        return
+    for followers in _enclosing(sys._getframe(1)):
         if _is_new(followers.functions) and (message := _judge(followers)):
             warnings.warn(message, UnitScaleOrderWarning, stacklevel=_user_level())
+
+
+_UNREADABLE = (
+    "the installed optax builds chains in a way that cannot be read, so it is not known whether "
+    "the factor of unit_scale_lr(k) reaches the learning rate. It does when it stands last: "
+    "optax.chain(optax.adam(lr), us.unit_scale_lr(k)). us.effective_lr_scale(tx, params) tells."
+)
+
+
+@cache
+def _can_read_chains() -> bool:
+    """Tries two chains that are known, because what is read is no promise of optax."""
+    found: list[_Followers | None] = []
+
+    def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
+        found.append(next(_enclosing(sys._getframe(1)), None))
+        return updates, state
+
+    first, last = optax.GradientTransformation(lambda params: (), update), optax.identity()
+    for chain in (optax.chain(first, last), optax.named_chain(("a", first), ("b", last))):
+        chain.update({}, chain.init({}), {})
+    return all(one is not None and len(one.functions) == 1 for one in found)
 
 
 def _is_new(functions: tuple[Update, ...]) -> bool:
@@ -77,13 +103,24 @@ def _is_new(functions: tuple[Update, ...]) -> bool:
     return new
 
 
-def _enclosing(frame: FrameType | None, updates: Tree) -> Iterator[_Followers]:
-    while frame is not None and frame.f_code is not _measure.__code__:
+def _enclosing(frame: FrameType | None) -> Iterator[_Followers]:
+    """What follows in every chain that is being updated, the innermost first.
+
+    Ends at our own trial runs: the chains around those are no concern of what runs in them.
+    """
+    while frame is not None and frame.f_code not in _TRIALS:
         if frame.f_globals.get("__name__", "").startswith("optax."):
-            found = _READERS.get(frame.f_code.co_qualname, lambda local: None)(frame.f_locals)
-            if found:
+            reader = _READERS.get(frame.f_code.co_qualname)
+            if reader and (found := _read(reader, frame.f_locals)):
                 yield found
         frame = frame.f_back
+
+
+def _read(reader: "_Reader", local: dict[str, Any]) -> _Followers | None:
+    try:
+        return reader(local)
+    except (AttributeError, KeyError, TypeError):  # another optax: _can_read_chains says so
+        return None
 
 
 def _read_chain(local: dict[str, Any]) -> _Followers | None:
@@ -109,7 +146,8 @@ def _followers(
 
 
 # The functions of optax whose frames are read, by qualified name (optax 0.2.6 to 0.2.8).
-_READERS: dict[str, Callable[[dict[str, Any]], _Followers | None]] = {
+_Reader: TypeAlias = Callable[[dict[str, Any]], _Followers | None]
+_READERS: dict[str, _Reader] = {
     "chain.<locals>.update_fn": _read_chain,
     "named_chain.<locals>.update_fn": _read_named_chain,
 }
@@ -181,6 +219,9 @@ def _measure(step: Callable[..., Any], updates: Tree, states: Any, params: Tree)
     staged = _jax.stage(step, updates, states, params)
     with _jax.concretely():
         return _affinity(staged, updates, states, params)
+
+
+_TRIALS = {_measure.__code__, _can_read_chains.__wrapped__.__code__}
 
 
 def _affinity(staged: Callable[..., Any], updates: Tree, states: Any, params: Tree) -> _Response:

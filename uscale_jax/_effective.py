@@ -141,7 +141,7 @@ def effective_lr_scale(
 
     References:
       Orders of homogeneity of optimizers and learning rates: Yang & Littwin, *Tensor Programs
-      IVb*, 2023 (arXiv:2308.01814), section 2.
+      IVb*, 2023 (arXiv:2308.01814).
     """
     if _factors.check_factor(factor, "factor") == 1 or steps < _EARLY:
         raise ValueError(

@@ -66,8 +66,7 @@ def homogeneous_exponents(
       {'bias': 2.0, 'kernel': 1.0}
 
     References:
-      Positive homogeneity of ReLU nets: Neyshabur et al., *Path-SGD*, 2015 (arXiv:1506.02617),
-      section 2.
+      Positive homogeneity of ReLU nets: Neyshabur et al., *Path-SGD*, 2015 (arXiv:1506.02617).
     """
     keys, _, treedef = _tree.flatten_named(params)
     powers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)

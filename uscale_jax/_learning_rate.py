@@ -71,9 +71,10 @@ def unit_scale_lr(k: Any, *, keep_decay: Any = None) -> optax.GradientTransforma
       Array([-0.0005, -0.0005], dtype=float32)
 
     References:
-      Which optimizers a factor commutes with: README, "The order in a chain".  Weight decay: Wang
-      & Aitchison, *How to set AdamW's weight decay as you scale model and dataset size*, 2024
-      (arXiv:2405.13698), section 3.
+      Scale and learning rate together: *µnit Scaling*, 2025 (arXiv:2502.05967), Eq. 16, and Yang et
+      al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.  Weight decay: Wang & Aitchison,
+      *How to set AdamW's weight decay as you scale model and dataset size*, 2024
+      (arXiv:2405.13698).
     """
     factors = _checked(k, "k", _factors.check_factor)
     decays = None if keep_decay is None else _checked(keep_decay, "keep_decay", _check_decay)
@@ -87,7 +88,7 @@ def unit_scale_lr(k: Any, *, keep_decay: Any = None) -> optax.GradientTransforma
         updates: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, optax.OptState]:
         if ACTIVE not in extra_args and not (isinstance(factors, float) and factors == 1.0):
-            _chain_order.check(updates)
+            _chain_order.check()
         step = state.unit_scale_count if scheduled else None
         now = _at(factors, step, "k", _factors.check_factor)
         scaled = _divide(updates, now, extra_args.get(ACTIVE))
@@ -152,6 +153,12 @@ def _restore_decay(updates: Tree, params: Tree | None, k: Any, decay: Any) -> Tr
     decays = _tree.broadcast_prefix(decay, updates, keys, what="keep_decay")
     # By name: parameters without an update (None) are in params all the same.
     weights = dict(zip(*_tree.flatten_named(params)[:2], strict=True))
+    if absent := [_tree.name(key) for key in keys if key not in weights]:
+        raise ValueError(
+            f"unit_scale_lr(k, keep_decay=...) got updates without parameters: {absent[:8]}. "
+            "Expected: params with the structure of the updates. Fix: pass the tree that is "
+            "trained."
+        )
     rows = zip(leaves, ks, decays, keys, strict=True)
     return jax.tree.unflatten(
         treedef, [_restore_leaf(u, k1, d, weights[key]) for u, k1, d, key in rows]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import chex
-import jax
 
 Tree: TypeAlias = Any
 """Any JAX pytree: dict, ``FrozenDict``, ``nnx.State``, a registered class, a bare array."""
@@ -12,14 +11,8 @@ Tree: TypeAlias = Any
 Factor: TypeAlias = chex.Numeric
 """A positive finite real scalar: Python, NumPy or JAX; traced values are allowed."""
 
-Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
-"""A function from the step count (int32 scalar) to a factor."""
-
 Key: TypeAlias = tuple[str, ...]
 """Where a leaf stands in its tree, as strings: ``('params', 'Dense_0', 'kernel')``."""
-
-Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
-"""What parameter trees hold; NumPy arrays are taken as well and come back as JAX arrays."""
 
 Where: TypeAlias = Callable[[str, Any], bool]
 """Chooses leaves by name (``'params/Dense_0/kernel'``) and by the leaf itself."""

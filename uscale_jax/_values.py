@@ -60,8 +60,8 @@ def scale_params(
       >>> params = double(params)
 
     References:
-      Positive homogeneity and what scaling does to outputs, gradients and learning rates: Yang et
-      al., *Tensor Programs V*, 2022 (arXiv:2203.03466), appendix on parametrizations.
+      The symmetry between multipliers, initial scale and learning rate: *µnit Scaling*, 2025
+      (arXiv:2502.05967), Eq. 16.
     """
     leaves, treedef = jax.tree.flatten(params)
     factors, chosen = _plan(params, leaves, k, where, exponents)

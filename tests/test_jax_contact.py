@@ -1,0 +1,54 @@
+"""Each thing the library relies on beyond JAX's documented names, on the installed release."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uscale_jax import _jax
+
+
+def test_tracers_are_told_from_arrays():
+    seen = []
+    jax.jit(lambda x: seen.append(_jax.is_traced(x)))(jnp.ones(3))
+    assert seen == [True]
+    assert not any(map(_jax.is_traced, (jnp.ones(3), np.ones(3), 2.0)))
+
+
+def test_dtypes_of_arrays_and_of_everything_else():
+    leaves = [jnp.ones(3), jnp.ones(2, jnp.bfloat16), jax.random.key(0)]
+    assert _jax.dtypes(leaves) == [leaf.dtype for leaf in leaves]
+    mixed = [jnp.ones(3), np.ones(2), "text"]
+    assert _jax.dtypes(mixed) == [np.float32, np.float64, None]
+
+
+def test_committed_devices():
+    device = jax.devices()[3]
+    assert _jax.committed_devices(jnp.ones(3)) is None
+    assert _jax.committed_devices(np.ones(3)) is None
+    assert _jax.committed_devices(jax.device_put(jnp.ones(3), device)) == {device}
+
+
+def test_weak_types_can_be_put_on():
+    weak, strong = jnp.asarray(2.0), jnp.float32(3.0)
+    assert weak.weak_type
+    assert not strong.weak_type
+    assert _jax.with_weak_type(strong, weak).weak_type
+    assert not _jax.with_weak_type(strong, strong).weak_type
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_staged_functions_run_concretely_in_the_middle_of_a_trace(wrap):
+    results = []
+
+    def user(lr):
+        staged = _jax.stage(lambda x: (x["a"] * lr, x["a"] + 1.0), {"a": jnp.ones(3)})
+        with _jax.concretely():
+            results.append(staged({"a": jnp.full((3,), 5.0)}))
+        return lr
+
+    wrap(user)(jnp.full((2,), 7.0) if wrap is jax.vmap else 7.0)
+    scaled, shifted = (np.asarray(out) for out in results[0])  # fails on tracers
+    np.testing.assert_array_equal(shifted, np.full(3, 6.0))
+    traced = wrap in (jax.jit, jax.vmap)  # then lr has become a one
+    np.testing.assert_array_equal(scaled, np.full(3, 5.0 if traced else 35.0))
