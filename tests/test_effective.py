@@ -109,6 +109,7 @@ TABLE: dict[str, Row] = {
         lambda: contrib.schedule_free_sgd(LR), HALF, 0.544, 1, "linear"),
 }  # fmt: skip
 
+COMPOSED = {"normalized"}
 NEEDS_LOSS = {"polyak_sgd", "contrib.momo", "contrib.momo_adam"}
 # Optimizers whose steps depend on where the parameters have been: how much depends on the run.
 FOLLOWS_RUN = {
@@ -140,8 +141,15 @@ def measure(name: str) -> us.EffectiveScale:
     return us.effective_lr_scale(TABLE[name][0](), matrix(), **extra)
 
 
+def _installed(name: str) -> bool:
+    """Older releases of optax lack some optimizers."""
+    module, _, attribute = name.split(",")[0].rpartition(".")
+    owner = contrib if module else optax
+    return " " in attribute or attribute in COMPOSED or hasattr(owner, attribute)
+
+
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", filter(_installed, TABLE))
 def test_agrees_with_the_table(name):
     _, before, after, parameters, kind = TABLE[name]
     got = measure(name)
