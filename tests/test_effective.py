@@ -149,7 +149,7 @@ def _installed(name: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
-@pytest.mark.parametrize("name", filter(_installed, TABLE))
+@pytest.mark.parametrize("name", list(filter(_installed, TABLE)))
 def test_agrees_with_the_table(name):
     _, before, after, parameters, kind = TABLE[name]
     got = measure(name)
