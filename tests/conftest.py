@@ -7,8 +7,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from collections.abc import Iterator
 
@@ -20,8 +18,15 @@ settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True
 settings.load_profile("ci")
 
 
+@pytest.fixture(autouse=True)
+def strict_promotion() -> Iterator[None]:
+    """For every test; doctests run as a user's session would."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
-def standard_promotion() -> Iterator[None]:
+def standard_promotion(strict_promotion: None) -> Iterator[None]:
     """For tests that run optax's own optimizers: Adam's ``b1**count`` is float**int in them."""
     with jax.numpy_dtype_promotion("standard"):
         yield
