@@ -138,6 +138,10 @@ def compensate(apply: Apply, exponents: Exponents | Any, k: Factor) -> Apply:
       >>> doubled = us.scale_params(params, 2.0)
       >>> apply(params, x), apply(doubled, x), us.compensate(apply, 2, 2.0)(doubled, x)
       (Array([[15.]], dtype=float32), Array([[60.]], dtype=float32), Array([[15.]], dtype=float32))
+
+    References:
+      Homogeneity, and why an output multiplier undoes it: see :func:`homogeneous_exponents` and
+      *µnit Scaling*, 2025 (arXiv:2502.05967), Eq. 16.
     """
     checked = _factors.check_factor(k)
     powers = exponents.output if isinstance(exponents, Exponents) else exponents
