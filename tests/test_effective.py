@@ -157,7 +157,7 @@ def test_agrees_with_the_table(name):
     np.testing.assert_allclose(_known(got.before, before), _known(before, before), atol=tolerance)
     if not math.isnan(after):
         assert got.after.early == pytest.approx(after, abs=tolerance)
-    assert got.parameters.early == pytest.approx(parameters, abs=5 * tolerance)
+    assert got.parameters.early == pytest.approx(parameters, abs=tolerance)
     assert kind in (None, got.kind)
 
 
