@@ -4,14 +4,17 @@ Everything else in the package uses documented names only.  Each function says w
 and is exercised by ``tests/test_jax_contact.py`` on every JAX release the project is tested with.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, primitives
 
 
 def is_traced(x: Any) -> bool:
@@ -74,3 +77,47 @@ def stage(fun: Callable[..., Any], *shapes: Any) -> Callable[..., Any]:
 
 def _concrete(const: Any) -> Any:
     return np.ones(const.shape, const.dtype) if is_traced(const) else const
+
+
+def closed_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
+    """Returns the program of ``fun`` and the tree of its outputs' shapes; computes nothing."""
+    closed, outputs = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return closed, outputs
+
+
+@cache
+def _own_primitives(modules: int) -> frozenset[int]:
+    """Ids of the primitives that JAX's loaded modules define (``modules`` renews the cache)."""
+    del modules
+    found = [
+        value
+        for name, module in list(sys.modules.items())
+        if module is not None and name.startswith("jax.")
+        for value in vars(module).values()
+        if type(value).__name__.endswith("Primitive")
+    ]
+    return frozenset(map(id, found))
+
+
+def primitive_name(eqn: JaxprEqn) -> str:
+    """Returns the name of an equation's primitive; one that is not JAX's own is marked as such.
+
+    Rules are found by this name.  A primitive of somebody else that is called ``add`` must not
+    meet the rule of JAX's ``add``, so the object decides (names: JAX 0.8 to 0.12).
+    """
+    own = id(eqn.primitive) in _own_primitives(len(sys.modules))
+    return eqn.primitive.name if own else f"{eqn.primitive.name} (not JAX's own)"
+
+
+def frames(eqn_source: Any) -> list[tuple[str, str, int]]:
+    """Returns (file, function, line) of the calls that made an equation, innermost first."""
+    traceback = getattr(eqn_source, "traceback", None)
+    found = [] if traceback is None else traceback.frames
+    return [(frame.file_name, frame.function_name, frame.line_num) for frame in found]
+
+
+def shard_counts(spec: Any, ndim: int, mesh: Any) -> list[int]:
+    """Returns into how many shards ``spec`` cuts each of ``ndim`` dimensions over ``mesh``."""
+    entries = [*spec, *[None] * (ndim - len(spec))]
+    named = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
+    return [math.prod(mesh.shape[axis] for axis in axes) for axes in named]

@@ -1,0 +1,300 @@
+"""Scanned and rematerialised stacks, loops, branches, custom derivatives, unusual layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.zoo.registry import Built, Model, Sizes, built, floats, tokens
+from benchmarks.zoo.vision import normalise
+
+_normal = nn.initializers.normal(0.5)
+TABLE = {"batch": 4, "features": 5, "out": 3}
+SEQUENCE = {"batch": 2, "time": 6, "features": 4, "out": 5}
+VOCABULARY = 11
+
+
+class Feedforward(nn.Module):
+    """A pre-norm residual multilayer perceptron, in the form that ``nn.scan`` takes."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Return an array like ``x``, and nothing."""
+        y = nn.gelu(nn.Dense(self.hidden, name="up")(normalise(nn.LayerNorm(), x)))
+        return x + nn.Dense(x.shape[-1], name="down")(y), None
+
+
+class Attention(nn.Module):
+    """A pre-norm transformer layer, in the form that ``nn.scan`` takes."""
+
+    heads: int
+    head_dim: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Return an array like ``x``, and nothing."""
+        attend = nn.MultiHeadDotProductAttention(
+            self.heads, qkv_features=self.heads * self.head_dim, deterministic=True
+        )
+        x = x + attend(normalise(nn.LayerNorm(), x))
+        return Feedforward(self.hidden)(x, None)
+
+
+class Scanned(nn.Module):
+    """Layers of one kind, their parameters stacked on a first axis."""
+
+    block: Callable[..., nn.Module]
+    arguments: tuple[int, ...]
+    layers: int
+    width: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return an array of the leading shape of ``x`` and ``out`` features."""
+        scan = nn.scan(
+            self.block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+        )
+        x = nn.Dense(self.width, name="embed")(x)
+        x, _ = scan(*self.arguments, name="layers")(x, None)
+        return nn.Dense(self.out, name="readout")(normalise(nn.LayerNorm(), x))
+
+
+class Unrolled(nn.Module):
+    """Rematerialised layers of different hidden widths, one after the other."""
+
+    hidden: tuple[int, ...]
+    width: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        x = nn.Dense(self.width, name="embed")(x)
+        for i, hidden in enumerate(self.hidden):
+            x, _ = nn.remat(Feedforward)(hidden, name=f"layer_{i}")(x, None)
+        return nn.Dense(self.out, name="readout")(x)
+
+
+class Equilibrium(nn.Module):
+    """One layer applied again and again: a fixed number of times, or until little changes."""
+
+    width: int
+    out: int
+    until_still: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        drive = nn.Dense(self.width, name="drive")(x)
+        kernel = self.param("kernel", _normal, (self.width, self.width), x.dtype)
+
+        def step(z: jax.Array) -> jax.Array:
+            return 0.5 * z + 0.5 * jnp.tanh(z @ kernel + drive)
+
+        start = jnp.zeros_like(drive)
+        if self.until_still:
+            z = _until_still(step, start)
+        else:
+            z = jax.lax.fori_loop(0, 4, lambda _, z: step(z), start)
+        return nn.Dense(self.out, name="readout")(z)
+
+
+def _until_still(step: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
+    """Return the last iterate, after 50 steps or a step that changes no unit by 1%."""
+
+    def going(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        count, before, z = state
+        return (count < 50) & (jnp.max(jnp.abs(z - before)) > 0.01)
+
+    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        count, _, z = state
+        return count + 1, z, step(z)
+
+    return jax.lax.while_loop(going, body, (jnp.int32(0), start, step(start)))[2]
+
+
+class Branches(nn.Module):
+    """A wide or a deep branch, by a flag in the inputs."""
+
+    width: int
+    wide: int
+    deep: tuple[int, int]
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, flag: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        x = nn.relu(nn.Dense(self.width, name="embed")(x))
+        shapes = {"wide": (self.width, self.wide, self.out), "deep": (self.width, *self.deep)}
+        shapes["deep"] += (self.out,)
+        kernels = {
+            branch: tuple(
+                self.param(f"{branch}_{i}", _normal, shape, x.dtype)
+                for i, shape in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            )
+            for branch, widths in shapes.items()
+        }
+        return jax.lax.cond(
+            flag, lambda x: chain(kernels["wide"], x), lambda x: chain(kernels["deep"], x), x
+        )
+
+
+def chain(kernels: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    """Return ``x`` through linear layers with tanh between them."""
+    x = x @ kernels[0]
+    for kernel in kernels[1:]:
+        x = jnp.tanh(x) @ kernel
+    return x
+
+
+class Ensemble(nn.Module):
+    """Networks side by side under ``jax.vmap``; their mean, or all of them."""
+
+    members: int
+    hidden: int
+    out: int
+    mean: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out], or float[members, batch, out]."""
+        up = self.param("up", _normal, (self.members, x.shape[-1], self.hidden), x.dtype)
+        down = self.param("down", _normal, (self.members, self.hidden, self.out), x.dtype)
+        y = jax.vmap(lambda u, d: jnp.tanh(x @ u) @ d)(up, down)
+        return y.mean(0) if self.mean else y
+
+
+class Bilinear(nn.Module):
+    """Products of two hidden layers, contracted by one kernel of three axes."""
+
+    left: int
+    right: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        a = nn.tanh(nn.Dense(self.left, name="left")(x))
+        b = nn.tanh(nn.Dense(self.right, name="right")(x))
+        kernel = self.param("kernel", _normal, (self.left, self.right, self.out), x.dtype)
+        return jnp.einsum("bi,bj,ijo->bo", a, b, kernel)
+
+
+class OneHot(nn.Module):
+    """Token vectors by a product with one-hot rows, and their mean over time."""
+
+    vocabulary: int
+    embedding: int
+    out: int
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        table = self.param("table", _normal, (self.vocabulary, self.embedding), jnp.float32)
+        x = jax.nn.one_hot(ids, self.vocabulary, dtype=table.dtype) @ table
+        return nn.Dense(self.out, name="readout")(nn.relu(x).mean(1))
+
+
+class Cumulative(nn.Module):
+    """Running means over time, then the step that an input names for each row."""
+
+    width: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, last: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        x = jnp.cumsum(nn.tanh(nn.Dense(self.width, name="embed")(x)), axis=1)
+        x = x / jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None]
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return nn.Dense(self.out, name="readout")(x)
+
+
+class Ordered(nn.Module):
+    """A hidden layer summed up along its own units."""
+
+    width: int
+    hidden: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
+        x = jnp.cumsum(nn.softplus(nn.Dense(self.width, name="steps")(x)), axis=-1)
+        return nn.Dense(self.out, name="readout")(nn.tanh(x))
+
+
+class Memory(nn.Module):
+    """Slots that are weighted by a softmax over their keys, and summed."""
+
+    query: int
+    slots: int
+    value: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        query = nn.Dense(self.query, name="query")(x)
+        keys = self.param("keys", _normal, (self.slots, self.query), x.dtype)
+        values = self.param("values", _normal, (self.slots, self.value), x.dtype)
+        read = nn.softmax(query @ keys.T) @ values
+        return nn.Dense(self.out, name="readout")(nn.relu(read))
+
+
+@jax.custom_jvp
+def softclip(x: jax.Array) -> jax.Array:
+    """Return ``x / (1 + |x|)``, with a derivative given by hand."""
+    return x / (1.0 + jnp.abs(x))
+
+
+@softclip.defjvp
+def _softclip_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Return the value and its tangent."""
+    return softclip(*primals), tangents[0] / (1.0 + jnp.abs(primals[0])) ** 2
+
+
+@jax.custom_vjp
+def straight_through(x: jax.Array) -> jax.Array:
+    """Return ``x`` rounded to quarters, with the gradient of the identity."""
+    return jnp.round(4.0 * x) / 4.0
+
+
+straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
+
+
+def custom_mlp(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Return a plain network's outputs, its activations with derivatives of their own."""
+    x = softclip(x @ params["kernel_0"] + params["bias_0"][None])
+    x = straight_through(x @ params["kernel_1"] + params["bias_1"][None])
+    return x @ params["kernel_2"]
+
+
+def _custom() -> Model:
+    def build(s: Sizes) -> Built:
+        widths = s["features"], s["width_0"], s["width_1"], s["out"]
+        shapes = {f"kernel_{i}": widths[i : i + 2] for i in range(3)}
+        shapes |= {f"bias_{i}": widths[i + 1 : i + 2] for i in range(2)}
+        params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        return Built(custom_mlp, params, (floats(s["batch"], s["features"]),))
+
+    return _table("custom derivatives", {"width_0": 7, "width_1": 9}, build)
+
+
+def _table(name: str, hidden: Sizes, build: Callable[[Sizes], Built], **fixed: str) -> Model:
+    """Return a model whose hidden sizes are all free but those in ``fixed``."""
+    free = tuple(size for size in hidden if size not in fixed)
+    return Model(name, TABLE | dict(hidden), build, free, {"out": "output", **fixed})
+
+

@@ -1,0 +1,66 @@
+"""Whether two equations are the same up to sizes, and what to say where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+# Parameters that are sizes, or say how and where to compute, not what.
+_NOT_COMPARED = frozenset(
+    "shape new_sizes sizes slice_sizes start_indices limit_indices padding_config "
+    "feature_group_count batch_group_count fft_lengths sharding out_sharding in_shardings "
+    "out_shardings in_layouts out_layouts resource_env donated_invars mesh unroll jaxpr name "
+    "call_jaxpr cond_jaxpr body_jaxpr branches fun_jaxpr jvp_jaxpr_fun jvp_jaxpr_thunk bwd fwd "
+    "fwd_jaxpr_thunk out_trees policy ctx_mesh compiler_options_kvs inline keep_unused call rule "
+    "in_tree out_tree update_jaxpr computation jaxprs callback linear".split()
+)
+
+
+def same_params(eqns: Sequence[JaxprEqn | None]) -> bool:
+    """Returns whether equations of one primitive agree in every parameter that is no size."""
+    first, *others = eqns
+    return all(
+        first is not None and other is not None and _agree(first.params, other.params)
+        for other in others
+    )
+
+
+def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        key in _NOT_COMPARED or _equal(a[key], b[key]) for key in a
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray | jax.Array) or isinstance(b, np.ndarray | jax.Array):
+        return np.array_equal(a, b)
+    if isinstance(a, Jaxpr | ClosedJaxpr) or callable(a):
+        return True
+    return bool(a == b)
+
+
+def structure_error(
+    eqns: Sequence[JaxprEqn | None], names: Sequence[str | None], sources: Sequence[Any]
+) -> ValueError:
+    """Returns the refusal for the first place where two programs differ in more than sizes."""
+    lines = ["the two models are different programs, not one program at two sizes."]
+    for which, eqn, name, source in zip(("small", "big"), eqns, names, sources, strict=True):
+        lines.append(f"  {which}: " + (_describe(eqn, name, source) if eqn else "ends here"))
+    if names[0] == names[-1] and eqns[0] is not None and eqns[-1] is not None:
+        a, b = eqns[0].params, eqns[-1].params
+        keys = [k for k in a if k not in _NOT_COMPARED and not _equal(a[k], b.get(k))]
+        lines += [f"  {key}: {a[key]} (small), {b.get(key)} (big)" for key in keys]
+    lines.append(
+        "Expected: the same operations in the same order. Fix: build both models from one "
+        "definition, and avoid Python branches on sizes (such as `if heads == kv_heads`)."
+    )
+    return ValueError("\n".join(lines))
+
+
+def _describe(eqn: JaxprEqn, name: str | None, source: Any) -> str:
+    operands = ", ".join(str(v.aval.str_short()) for v in eqn.invars)
+    return f"`{name}` of {operands} at {source}"

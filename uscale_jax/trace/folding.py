@@ -1,0 +1,111 @@
+"""Arithmetic on uniform constants: what JAX leaves in a program of numbers that are known.
+
+``jnp.var`` divides by ``n - ddof`` behind ``where(n - ddof > 0, ..., nan)``, attention by
+``sqrt(d)``, indexing wraps negative literals: scalars all of them, and whoever reads a program
+needs their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from uscale_jax.trace.program import Equation
+
+_Fold = Callable[..., Any]
+
+_ARITHMETIC: dict[str, _Fold] = {
+    "abs": np.abs,
+    "add": np.add,
+    "and": np.bitwise_and,
+    "cbrt": np.cbrt,
+    "ceil": np.ceil,
+    "cos": np.cos,
+    "eq": np.equal,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.invert,
+    "or": np.bitwise_or,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sign": np.sign,
+    "sin": np.sin,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tanh": np.tanh,
+}
+
+# Operations that only move elements, or repeat them: a uniform array stays what it is.
+_LAYOUT = frozenset(
+    "broadcast_in_dim convert_element_type copy copy_p reshape squeeze stop_gradient transpose "
+    "slice dynamic_slice expand_dims rev reduce_max reduce_min sharding_constraint device_put "
+    "optimization_barrier pvary reduce_precision loop_slice loop_stack shard unshard".split()
+)
+
+
+def fold(eqn: Equation) -> list[tuple[Any, ...] | None]:
+    """Returns the uniform value of every output per program, None where it is not known."""
+    known = [v.uniform for v in eqn.inputs]
+    unknown = [None] * len(eqn.outputs)
+    if not known or known[0] is None or eqn.name in ("loop_enter", "loop_close"):
+        return [*unknown]
+    if eqn.name in _LAYOUT:
+        return [_cast(known[0], eqn)]
+    if any(k is None for k in known):
+        return [*unknown]
+    rule = _rule(eqn)
+    if rule is None:
+        return [*unknown]
+    columns = zip(*(k for k in known if k is not None), strict=True)
+    with np.errstate(all="ignore"):
+        return [_cast(tuple(rule(*column) for column in columns), eqn)]
+
+
+def _rule(eqn: Equation) -> _Fold | None:
+    if eqn.name == "integer_pow":
+        return lambda x: np.power(np.asarray(x, np.float64), eqn.param("y"))
+    if eqn.name == "div":
+        return _divide if eqn.outputs[0].scales else _divide_integers
+    if eqn.name == "select_n":
+        return lambda which, *cases: cases[int(which)]
+    return _ARITHMETIC.get(eqn.name)
+
+
+def _divide(a: Any, b: Any) -> Any:
+    return np.divide(a, b)
+
+
+def _divide_integers(a: Any, b: Any) -> Any:
+    return np.trunc(np.divide(a, b))
+
+
+def _cast(values: Sequence[Any], eqn: Equation) -> tuple[Any, ...]:
+    """Casts to the output's dtype; JAX keeps in float32 what NumPy would widen."""
+    dtype = eqn.outputs[0].dtype
+    with np.errstate(all="ignore"):
+        return tuple(np.asarray(v).astype(dtype)[()] for v in values)
+
+
+def chosen_case(eqn: Equation) -> int | None:
+    """Returns which operand a ``select_n`` with a known predicate returns, if it is one."""
+    if eqn.name != "select_n" or eqn.inputs[0].uniform is None:
+        return None
+    which = {int(w) for w in eqn.inputs[0].uniform}
+    return which.pop() + 1 if len(which) == 1 else None

@@ -1,0 +1,134 @@
+"""Programs as flat lists of equations over values, for one model or for two of one structure.
+
+Calls are inlined with fresh values at every call site, loops and branches become equations that
+enter, leave and join (:mod:`uscale_jax.trace.inline`), uniform constants are folded, dead code is
+dropped.  What is left is a list that any analysis can walk once, from first to last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from uscale_jax.trace.atoms import Size, ones
+from uscale_jax.trace.source import Source
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """An array in a program."""
+
+    shape: tuple[Size, ...]
+    dtype: Any
+    uniform: tuple[Any, ...] | None = None
+    """The one number that all its elements are, per program, where that is known."""
+    captured: tuple[Any, ...] | None = None
+    """An array that the function closes over, per program."""
+
+    @property
+    def ndim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def scales(self) -> bool:
+        """Return whether multiplying it by a factor means anything: floating or complex."""
+        return bool(jnp.issubdtype(self.dtype, jnp.inexact))
+
+
+@dataclass(eq=False, slots=True)
+class Equation:
+    """``outputs = name(*inputs)`` with parameters per program."""
+
+    name: str
+    params: tuple[Mapping[str, Any], ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    source: Source | None
+    needs: list[Equation] = field(default_factory=list)
+    """Equations that must be kept if this one is: the closing of a loop it enters."""
+
+    def sizes(self, key: str) -> tuple[Size, ...]:
+        """Return a parameter that is a sequence of numbers, as a size per entry."""
+        return tuple(zip(*(map(int, p[key]) for p in self.params), strict=True))
+
+    def number(self, key: str) -> Size:
+        """Return a parameter that is a number, in every program."""
+        return tuple(int(p[key]) for p in self.params)
+
+    def param(self, key: str, default: Any = None) -> Any:
+        """Return a parameter that is the same in every program."""
+        return self.params[0].get(key, default)
+
+
+@dataclass(eq=False, slots=True)
+class Program:
+    """A function of arrays: its inputs, its equations in order, its outputs."""
+
+    inputs: tuple[Value, ...]
+    captured: tuple[Value, ...]
+    equations: list[Equation]
+    outputs: tuple[Value, ...]
+    count: int
+    """How many programs are seen together: 1, or 2 for a small and a big model."""
+
+
+def value_of(avals: Iterable[Any]) -> Value:
+    """Returns a new value for one variable, seen in every program."""
+    avals = list(avals)
+    shape = tuple(zip(*(aval.shape for aval in avals), strict=True))
+    return Value(shape, avals[0].dtype)
+
+
+def constant(arrays: Sequence[Any], avals: Sequence[Any]) -> Value:
+    """Returns the value of a literal or of a captured array."""
+    value = value_of(avals)
+    if all(_is_plain(a) for a in arrays):
+        value.uniform = _uniform([np.asarray(a) for a in arrays])
+    if value.uniform is None:
+        value.captured = tuple(arrays)
+    return value
+
+
+def _is_plain(array: Any) -> bool:
+    dtype = getattr(array, "dtype", None)
+    return dtype is None or jnp.issubdtype(dtype, jnp.number) or dtype == bool
+
+
+def _uniform(arrays: Sequence[np.ndarray]) -> tuple[Any, ...] | None:
+    if not all(a.size for a in arrays):
+        return None
+    firsts = [a.reshape(-1)[0] for a in arrays]
+    same = all(
+        np.array_equal(a, np.broadcast_to(f, a.shape), equal_nan=_may_be_nan(a))
+        for a, f in zip(arrays, firsts, strict=True)
+    )
+    return tuple(firsts) if same else None
+
+
+def _may_be_nan(array: np.ndarray) -> bool:
+    return bool(np.issubdtype(array.dtype, np.inexact))
+
+
+def without_dead_code(program: Program) -> Program:
+    """Returns the program with only the equations that its outputs depend on."""
+    producer = {id(v): eqn for eqn in program.equations for v in eqn.outputs}
+    live: set[int] = set()
+    todo = [producer[id(v)] for v in program.outputs if id(v) in producer]
+    while todo:
+        eqn = todo.pop()
+        if id(eqn) not in live:
+            live.add(id(eqn))
+            todo += [producer[id(v)] for v in eqn.inputs if id(v) in producer]
+            todo += eqn.needs
+    kept = [eqn for eqn in program.equations if id(eqn) in live]
+    return replace(program, equations=kept)
+
+
+def is_scalar_like(value: Value) -> bool:
+    """Returns whether a value has one element in every program."""
+    return all(map(ones, value.shape))

@@ -1,0 +1,80 @@
+"""From the user's functions to one flat program with names for its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from uscale_jax import _jax, _tree
+from uscale_jax._types import Apply, Key, Tree
+from uscale_jax.trace.axes import Structure, analyse
+from uscale_jax.trace.inline import program
+
+
+class Model(NamedTuple):
+    """A function and its parameters, or their shapes."""
+
+    apply: Apply
+    params: Tree
+
+
+class Traced(NamedTuple):
+    """A program whose axes are known, and what its inputs and outputs are called."""
+
+    structure: Structure
+    keys: list[Key]
+    leaves: list[Any]
+    treedef: Any
+    outputs: Any
+    """The tree of output shapes (of the first model)."""
+
+
+def trace(models: Sequence[Model], inputs: Sequence[Any]) -> Traced:
+    """Returns the program of one model, or of a small and a big one together.
+
+    Raises:
+      ValueError: the models' parameter trees, their programs or their outputs differ.
+    """
+    shapes = [jax.tree.map(_shape, (model.params, *inputs)) for model in models]
+    _check_trees(models)
+    closed, outputs = zip(
+        *(_jax.closed_jaxpr(m.apply, *s) for m, s in zip(models, shapes, strict=True)), strict=True
+    )
+    _check_outputs(outputs)
+    keys, leaves, treedef = _tree.flatten_named(models[0].params)
+    names = [_tree.name(key) for key in _tree.flatten_named(tuple(inputs))[0]]
+    out_names = [_tree.name(key) for key in _tree.flatten_named(outputs[0])[0]]
+    structure = analyse(program(closed), names, out_names)
+    return Traced(structure, keys, leaves, treedef, outputs[0])
+
+
+def _shape(leaf: Any) -> Any:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(lambda: jax.numpy.asarray(leaf))
+
+
+def _check_trees(models: Sequence[Model]) -> None:
+    small, big = (_tree.flatten_named(m.params)[0] for m in (models[0], models[-1]))
+    if small == big:
+        return
+    lines = ["the two models have different parameters."]
+    lines += [f"  only the small one has {_tree.name(k)!r}" for k in small if k not in set(big)][:8]
+    lines += [f"  only the big one has {_tree.name(k)!r}" for k in big if k not in set(small)][:8]
+    lines.append("Expected: the same tree with other sizes. Fix: build both from one definition.")
+    raise ValueError("\n".join(lines))
+
+
+def _check_outputs(outputs: Sequence[Any]) -> None:
+    small, big = (_tree.flatten_named(out) for out in (outputs[0], outputs[-1]))
+    for key, a, b in zip(small[0], small[1], big[1], strict=False):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"output {_tree.name(key)!r} is {_tree.describe(a)} in the small model and "
+                f"{_tree.describe(b)} in the big one. Expected: the same shape, for it is to be "
+                "the same function. Fix: keep the size of the output, such as the vocabulary."
+            )
+    if small[0] != big[0]:
+        raise ValueError("the two models return different trees of outputs, expected the same.")
