@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.zoo.registry import Built, Model, Sizes, built, floats, tokens
+from benchmarks.zoo.registry import Built, Model, Sizes, floats
 from benchmarks.zoo.vision import normalise
 
 _normal = nn.initializers.normal(0.5)
@@ -138,7 +138,7 @@ class Branches(nn.Module):
         kernels = {
             branch: tuple(
                 self.param(f"{branch}_{i}", _normal, shape, x.dtype)
-                for i, shape in enumerate(zip(widths[:-1], widths[1:], strict=True))
+                for i, shape in enumerate(itertools.pairwise(widths))
             )
             for branch, widths in shapes.items()
         }
@@ -296,5 +296,3 @@ def _table(name: str, hidden: Sizes, build: Callable[[Sizes], Built], **fixed: s
     """Return a model whose hidden sizes are all free but those in ``fixed``."""
     free = tuple(size for size in hidden if size not in fixed)
     return Model(name, TABLE | dict(hidden), build, free, {"out": "output", **fixed})
-
-

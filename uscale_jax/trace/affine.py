@@ -120,4 +120,10 @@ def _base(symbol: Symbol, names: Mapping[int, str]) -> str:
 
 
 def _power(base: str, number: Any) -> str:
-    return base if number == 1 else f"{base}^({number})" if Fraction(number).denominator > 1 else f"{base}^{number}"
+    return (
+        base
+        if number == 1
+        else f"{base}^({number})"
+        if Fraction(number).denominator > 1
+        else f"{base}^{number}"
+    )

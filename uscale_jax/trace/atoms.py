@@ -231,7 +231,7 @@ def _distribute(whole: Atom, head: Atom, rest: Dim, source: Source | None) -> bo
 
 def dim_size(dim: Dim, programs: int) -> Size:
     """Returns the size of a dimension in every program."""
-    return _size(dim, programs)
+    return times((atom.size for atom in dim), programs)
 
 
 def _flat(parts: Sequence[Dim]) -> list[Dim]:
@@ -297,7 +297,7 @@ def monomials(dim: Dim) -> list[tuple[Atom, ...]]:
     cells: list[tuple[Atom, ...]] = [()]
     for atom in resolve(dim):
         if atom.parts is None:
-            choices = [(atom,)]
+            choices: list[tuple[Atom, ...]] = [(atom,)]
         else:
             choices = [cell for part in atom.parts for cell in monomials(part)]
         cells = [(*cell, *choice) for cell in cells for choice in choices]

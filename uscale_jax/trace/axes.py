@@ -21,6 +21,7 @@ class Structure:
     """The dimensions of every value of a program, and the description of every equation."""
 
     def __init__(self, program: Program) -> None:
+        """Start with nothing known."""
         self.program = program
         self.dims: dict[int, Dims] = {}
         self.descriptions: list[Description] = []

@@ -11,12 +11,55 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # Parameters that are sizes, or say how and where to compute, not what.
 _NOT_COMPARED = frozenset(
-    "shape new_sizes sizes slice_sizes start_indices limit_indices padding_config "
-    "feature_group_count batch_group_count fft_lengths sharding out_sharding in_shardings "
-    "out_shardings in_layouts out_layouts resource_env donated_invars mesh unroll jaxpr name "
-    "call_jaxpr cond_jaxpr body_jaxpr branches fun_jaxpr jvp_jaxpr_fun jvp_jaxpr_thunk bwd fwd "
-    "fwd_jaxpr_thunk out_trees policy ctx_mesh compiler_options_kvs inline keep_unused call rule "
-    "in_tree out_tree update_jaxpr computation jaxprs callback linear".split()
+    (  # fmt: skip
+        "shape",
+        "new_sizes",
+        "sizes",
+        "slice_sizes",
+        "start_indices",
+        "limit_indices",
+        "padding_config",
+        "feature_group_count",
+        "batch_group_count",
+        "fft_lengths",
+        "sharding",
+        "out_sharding",
+        "in_shardings",
+        "out_shardings",
+        "in_layouts",
+        "out_layouts",
+        "resource_env",
+        "donated_invars",
+        "mesh",
+        "unroll",
+        "jaxpr",
+        "name",
+        "call_jaxpr",
+        "cond_jaxpr",
+        "body_jaxpr",
+        "branches",
+        "fun_jaxpr",
+        "jvp_jaxpr_fun",
+        "jvp_jaxpr_thunk",
+        "bwd",
+        "fwd",
+        "fwd_jaxpr_thunk",
+        "out_trees",
+        "policy",
+        "ctx_mesh",
+        "compiler_options_kvs",
+        "inline",
+        "keep_unused",
+        "call",
+        "rule",
+        "in_tree",
+        "out_tree",
+        "update_jaxpr",
+        "computation",
+        "jaxprs",
+        "callback",
+        "linear",
+    )
 )
 
 
@@ -30,9 +73,7 @@ def same_params(eqns: Sequence[JaxprEqn | None]) -> bool:
 
 
 def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        key in _NOT_COMPARED or _equal(a[key], b[key]) for key in a
-    )
+    return a.keys() == b.keys() and all(key in _NOT_COMPARED or _equal(a[key], b[key]) for key in a)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -183,7 +183,9 @@ class _Walk:
         else:
             found = self._blocks(eqn, what)
         for value, cells in zip(eqn.outputs, found, strict=True):
-            self.known[id(value)] = self._short(cells) if value.scales else one_cell(ZERO, value.ndim)
+            self.known[id(value)] = (
+                self._short(cells) if value.scales else one_cell(ZERO, value.ndim)
+            )
         self._follow_views(eqn)
 
     def _follow_views(self, eqn: Equation) -> None:
@@ -205,7 +207,8 @@ class _Walk:
         for place in np.ndindex(cells.shape):
             if cells[place] is not None and len(cells[place]) > _LONG:
                 unknown = self.system.unknown()
-                self.system.require(plus(cells[place], unknown, -1), "is named", None)
+                long: Expr = cells[place]
+                self.system.require(plus(long, unknown, -1), "is named", None)
                 named[place] = unknown
         return named
 
@@ -265,8 +268,23 @@ class _Walk:
 
 
 _LAYOUT = frozenset(
-    "reshape transpose squeeze expand_dims broadcast_in_dim convert_element_type slice split "
-    "copy copy_p stop_gradient sharding_constraint loop_slice shard optimization_barrier".split()
+    (  # fmt: skip
+        "reshape",
+        "transpose",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "slice",
+        "split",
+        "copy",
+        "copy_p",
+        "stop_gradient",
+        "sharding_constraint",
+        "loop_slice",
+        "shard",
+        "optimization_barrier",
+    )
 )
 
 
@@ -298,7 +316,9 @@ class _Labels:
     def results(self) -> list[Cells]:
         """Returns the cells of every output."""
         kind = self.what.scale.kind
-        operands = [self._framed(v, t) for v, t in zip(self.eqn.inputs, self.what.operands, strict=True)]
+        operands = [
+            self._framed(v, t) for v, t in zip(self.eqn.inputs, self.what.operands, strict=True)
+        ]
         if kind is Kind.EACH:
             each = zip(operands, self.what.results, strict=True)
             return [self._reduced(cells, dims) for cells, dims in each]
@@ -365,8 +385,9 @@ class _Labels:
             shape[axis] = len(ratios)
             spread = np.broadcast_to(cells, shape).copy()
             for place in np.ndindex(*shape):
-                if spread[place] is not None:
-                    spread[place] = plus(spread[place], ratios[place[axis]])
+                cell: Cell = spread[place]
+                if cell is not None:
+                    spread[place] = plus(cell, ratios[place[axis]])
             cells = spread
         return cells
 
@@ -377,7 +398,9 @@ class _Labels:
         out = np.empty(shape, object)
         text = f"`{self.eqn.name}` reduces over parts of a dimension, which must agree"
         for place in np.ndindex(*shape):
-            box = tuple(slice(None) if i in dropped else slice(p, p + 1) for i, p in enumerate(place))
+            box = tuple(
+                slice(None) if i in dropped else slice(p, p + 1) for i, p in enumerate(place)
+            )
             out[place] = self.walk.join(cells[box].flat, text, self.eqn.source)
         return out
 
@@ -392,8 +415,10 @@ class _Labels:
         for i in views:
             wish = self._contraction() if i == views[-1] else ZERO
             for cell in operands[i].flat:
-                if cell is not None and len(cell) == 1 and (symbol := next(iter(cell))) in range(
-                    len(self.walk.system.names)
+                if (
+                    cell is not None
+                    and len(cell) == 1
+                    and (symbol := next(iter(cell))) in range(len(self.walk.system.names))
                 ):
                     self.walk.system.suggestions.setdefault(symbol, []).append(wish)
 
@@ -404,7 +429,9 @@ class _Labels:
         return scaled(log_ratio(atom for monomial in first for atom in monomial), -1)
 
 
-def _powers(walk: _Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]) -> Cell:
+def _powers(
+    walk: _Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]
+) -> Cell:
     if len(scale.powers) == 1 and cells[0] is None:
         return None
     total = ZERO
@@ -453,4 +480,3 @@ _COMBINE: dict[Kind, Callable[..., Cell]] = {
     Kind.POWERS: _powers,
     Kind.UNSCALED: _unscaled,
 }
-

@@ -54,9 +54,31 @@ _ARITHMETIC: dict[str, _Fold] = {
 
 # Operations that only move elements, or repeat them: a uniform array stays what it is.
 _LAYOUT = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p reshape squeeze stop_gradient transpose "
-    "slice dynamic_slice expand_dims rev reduce_max reduce_min sharding_constraint device_put "
-    "optimization_barrier pvary reduce_precision loop_slice loop_stack shard unshard".split()
+    (  # fmt: skip
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "reshape",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+        "slice",
+        "dynamic_slice",
+        "expand_dims",
+        "rev",
+        "reduce_max",
+        "reduce_min",
+        "sharding_constraint",
+        "device_put",
+        "optimization_barrier",
+        "pvary",
+        "reduce_precision",
+        "loop_slice",
+        "loop_stack",
+        "shard",
+        "unshard",
+    )
 )
 
 

@@ -88,7 +88,9 @@ def _along_axis(eqn: Equation, axis: int, sizes: Sequence[Size], *, pasted: bool
     parts = [[dim] for dim in dims]
     parts[axis] = cuts
     blocks = [
-        Block([*dims[:axis], cut, *dims[axis + 1 :]], (*[0] * axis, i, *[0] * (len(dims) - 1 - axis)))
+        Block(
+            [*dims[:axis], cut, *dims[axis + 1 :]], (*[0] * axis, i, *[0] * (len(dims) - 1 - axis))
+        )
         for i, cut in enumerate(cuts)
     ]
     return Blocks(dims, parts, blocks, pasted)
@@ -153,9 +155,7 @@ def _share(left: Dims, left_axes: Sequence[int], right: Dims, right_axes: Sequen
         right[j] = left[i]
 
 
-def _looked_up(
-    eqn: Equation, operands: list[Dims], result: Dims, held: Sequence[Dim]
-) -> Labelled:
+def _looked_up(eqn: Equation, operands: list[Dims], result: Dims, held: Sequence[Dim]) -> Labelled:
     why = f"`{eqn.name}` looks places up"
     scale = LINEAR if eqn.name == "gather" else JOINED
     return Labelled(operands, [result], scale, fixed=[(dim, why) for dim in held])

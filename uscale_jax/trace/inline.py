@@ -111,10 +111,11 @@ class _Builder:
         for i in range(max(len(j.eqns) for j in jaxprs)):
             eqns = [j.eqns[i] if i < len(j.eqns) else None for j in jaxprs]
             infos = [eqn and Source(eqn.source_info, source, called) for eqn in eqns]
-            names = [eqn and _jax.primitive_name(eqn) for eqn in eqns]
+            names = [None if eqn is None else _jax.primitive_name(eqn) for eqn in eqns]
             if len(set(names)) > 1 or not same_params(eqns):
                 raise structure_error(eqns, names, infos)
-            self._equation(names[0], [eqn for eqn in eqns if eqn is not None], env, infos[0])
+            present = [eqn for eqn in eqns if eqn is not None]
+            self._equation(_jax.primitive_name(present[0]), present, env, infos[0])
         return [self._read(env, [j.outvars[i] for j in jaxprs]) for i in range(len(first.outvars))]
 
     def _read(self, env: Env, atoms: Sequence[Any]) -> Value:
@@ -156,9 +157,7 @@ class _Builder:
             rewritten = REWRITES[name](self.emit, params, args, avals, source)
             if rewritten is not None:
                 return rewritten
-        eqn = Equation(
-            name, tuple(params), tuple(args), tuple(value_of(a) for a in avals), source
-        )
+        eqn = Equation(name, tuple(params), tuple(args), tuple(value_of(a) for a in avals), source)
         case = folding.chosen_case(eqn)
         if case is not None and eqn.inputs[case].shape == eqn.outputs[0].shape:
             return [eqn.inputs[case]]
@@ -196,7 +195,7 @@ def _close(
     """Emits ``loop_close`` for every carried value, and keeps it wherever the carry is used."""
     last = []
     for before, after, columns in zip(carried, following, avals, strict=True):
-        params = [{}] * len(columns)
+        params: list[Mapping[str, Any]] = [{}] * len(columns)
         last += build.emit("loop_close", params, [before, after, *also], [columns], source)
         build.enters[id(before)].needs.append(build.equations[-1])
     return last

@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
+from scipy.optimize import linprog  # type: ignore[import-untyped]
+from scipy.sparse import coo_array  # type: ignore[import-untyped]
 
 from uscale_jax.trace.affine import Expr, Number, Symbol, plus, scaled, to_float, unknowns
 
@@ -21,6 +21,7 @@ class Clash(Exception):
     """Equations contradict each other; ``members`` are the places of a minimal set that does."""
 
     def __init__(self, members: Sequence[int]) -> None:
+        """Say which equations clash."""
         super().__init__("equations clash")
         self.members = tuple(members)
 
@@ -129,7 +130,7 @@ def _departing(
     entries: list[tuple[int, int, float]] = []
     right = np.zeros(len(equations))
     for row, equation in enumerate(equations):
-        known = {s: n for s, n in equation.items() if not isinstance(s, int)}
+        known: Expr = {s: n for s, n in equation.items() if not isinstance(s, int)}
         for u in unknowns(equation):
             entries.append((row, u, float(equation[u])))
             known = plus(known, wishes.get(u, {}), equation[u])
@@ -152,7 +153,9 @@ def _departing(
 
 def null_space(equations: Sequence[Expr], count: int) -> list[dict[int, Number]]:
     """Returns a basis of the solutions of the equations without their known parts."""
-    homogeneous = [{s: n for s, n in e.items() if isinstance(s, int)} for e in equations]
+    homogeneous: list[Expr] = [
+        {s: n for s, n in e.items() if isinstance(s, int)} for e in equations
+    ]
     rows = eliminate(homogeneous)
     solved = {u: substitute({u: 1}, rows) for u in range(count)}
     basis: dict[Symbol, dict[int, Number]] = {u: {} for u in range(count) if u not in rows}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from uscale_jax.trace.atoms import Dim, Size, fresh, ones, times
+from uscale_jax.trace.atoms import Size, fresh, times
 from uscale_jax.trace.description import (
     COMPARED,
     EACH,
@@ -28,6 +28,7 @@ from uscale_jax.trace.description import (
 from uscale_jax.trace.program import Equation, Value
 
 Rule: TypeAlias = Callable[[Equation], Description]
+Elementwise: TypeAlias = Callable[[Equation], Labelled]
 
 RULES: dict[str, Rule] = {}
 
@@ -71,7 +72,7 @@ def _against(dims: Dims, value: Value, shape: tuple[Size, ...]) -> Dims:
     return [dim if size == full else fresh(size) for dim, size, full in pairs]
 
 
-def elementwise(scale: Scale) -> Rule:
+def elementwise(scale: Scale) -> Elementwise:
     """Returns the rule of an operation on corresponding elements; size 1 is repeated."""
 
     def rule(eqn: Equation) -> Labelled:

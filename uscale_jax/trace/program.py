@@ -96,7 +96,7 @@ def constant(arrays: Sequence[Any], avals: Sequence[Any]) -> Value:
 
 def _is_plain(array: Any) -> bool:
     dtype = getattr(array, "dtype", None)
-    return dtype is None or jnp.issubdtype(dtype, jnp.number) or dtype == bool
+    return dtype is None or jnp.issubdtype(dtype, jnp.number) or np.dtype(bool) == dtype
 
 
 def _uniform(arrays: Sequence[np.ndarray]) -> tuple[Any, ...] | None:

@@ -23,7 +23,9 @@ class Emit(Protocol):
 
     def __call__(
         self, name: str, params: Params, args: Sequence[Value], avals: Avals, source: Source | None
-    ) -> list[Value]: ...
+    ) -> list[Value]:
+        """Append one equation."""
+        ...
 
 
 def _like(avals: Sequence[Any], shapes: Sequence[Sequence[int]]) -> list[Any]:
