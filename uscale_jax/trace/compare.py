@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # Parameters that are sizes, or say how and where to compute, not what.
 _NOT_COMPARED = frozenset(
-    (  # fmt: skip
+    (
         "shape",
         "new_sizes",
         "sizes",
@@ -81,7 +81,8 @@ def _equal(a: Any, b: Any) -> bool:
         return np.array_equal(a, b)
     if isinstance(a, Jaxpr | ClosedJaxpr) or callable(a):
         return True
-    return bool(a == b)
+    both_nan = a != a and b != b
+    return bool(a == b) or bool(both_nan)
 
 
 def structure_error(

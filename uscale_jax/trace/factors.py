@@ -207,7 +207,7 @@ class _Walk:
         for place in np.ndindex(cells.shape):
             if cells[place] is not None and len(cells[place]) > _LONG:
                 unknown = self.system.unknown()
-                long: Expr = cells[place]
+                long: Any = cells[place]
                 self.system.require(plus(long, unknown, -1), "is named", None)
                 named[place] = unknown
         return named
@@ -268,7 +268,7 @@ class _Walk:
 
 
 _LAYOUT = frozenset(
-    (  # fmt: skip
+    (
         "reshape",
         "transpose",
         "squeeze",
@@ -385,7 +385,7 @@ class _Labels:
             shape[axis] = len(ratios)
             spread = np.broadcast_to(cells, shape).copy()
             for place in np.ndindex(*shape):
-                cell: Cell = spread[place]
+                cell: Any = spread[place]
                 if cell is not None:
                     spread[place] = plus(cell, ratios[place[axis]])
             cells = spread

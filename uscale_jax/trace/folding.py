@@ -54,7 +54,7 @@ _ARITHMETIC: dict[str, _Fold] = {
 
 # Operations that only move elements, or repeat them: a uniform array stays what it is.
 _LAYOUT = frozenset(
-    (  # fmt: skip
+    (
         "broadcast_in_dim",
         "convert_element_type",
         "copy",

@@ -69,12 +69,27 @@ def _slice(eqn: Equation) -> Description:
 def _pad(eqn: Equation) -> Description:
     configs = list(zip(*(p["padding_config"] for p in eqn.params), strict=True))
     if any(inner for config in configs for _, _, inner in config):
-        return immovable(eqn, "`pad` spreads elements", UNSCALED)
+        return _spread(eqn, configs)
     cuts = [
         (tuple(c[0] for c in config), size, tuple(c[1] for c in config))
         for config, size in zip(configs, eqn.inputs[0].shape, strict=True)
     ]
     return _box(eqn, eqn.outputs[0].shape, cuts, pasted=True)
+
+
+def _spread(eqn: Equation, configs: Sequence[Sequence[Sequence[int]]]) -> Labelled:
+    """Padding between elements: dimensions that are padded stay, the others pass."""
+    whole = eqn.outputs[0].shape
+    untouched = [not any(map(any, config)) for config in configs]
+    inner = labels(eqn.inputs[0])
+    outer = [
+        dim if same else fresh(size)
+        for dim, same, size in zip(inner, untouched, whole, strict=True)
+    ]
+    why = "`pad` spreads elements"
+    pairs = zip(untouched, inner, outer, strict=True)
+    held = [dim for same, *both in pairs if not same for dim in both]
+    return Labelled([inner, []], [outer], JOINED, fixed=[(dim, why) for dim in held])
 
 
 def _along_axis(eqn: Equation, axis: int, sizes: Sequence[Size], *, pasted: bool) -> Description:

@@ -64,7 +64,7 @@ def substitute(equation: Expr, rows: Rows) -> Expr:
     """Returns an equation without pivots."""
     pivots = [u for u in unknowns(equation) if u in rows]
     while pivots:
-        for pivot in pivots:
+        for pivot in filter(equation.__contains__, pivots):
             equation = plus(equation, {pivot: 1, **scaled(rows[pivot], -1)}, -equation[pivot])
         pivots = [u for u in unknowns(equation) if u in rows]
     return equation
