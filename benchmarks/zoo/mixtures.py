@@ -1,4 +1,4 @@
-"""Mixtures of experts: soft, routed to the best few, switched with a capacity."""
+"""Mixtures of experts (soft, routed to the best few, switched), ensembles, memory slots."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks.zoo.registry import Built, Model, Sizes, built, floats
 
+_normal = nn.initializers.normal(0.5)
 _kernel = nn.initializers.lecun_normal(batch_axis=0)
 
 
@@ -110,6 +111,41 @@ class Switch(nn.Module):
         return jnp.einsum("rec,ecw->rw", dispatch, y) * shares.max(-1, keepdims=True)
 
 
+class Ensemble(nn.Module):
+    """Networks side by side under ``jax.vmap``; their mean, or all of them."""
+
+    members: int
+    hidden: int
+    out: int
+    mean: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out], or float[members, batch, out]."""
+        up = self.param("up", _normal, (self.members, x.shape[-1], self.hidden), x.dtype)
+        down = self.param("down", _normal, (self.members, self.hidden, self.out), x.dtype)
+        y = jax.vmap(lambda u, d: jnp.tanh(x @ u) @ d)(up, down)
+        return y.mean(0) if self.mean else y
+
+
+class Memory(nn.Module):
+    """Slots that are weighted by a softmax over their keys, and summed."""
+
+    query: int
+    slots: int
+    value: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        query = nn.Dense(self.query, name="query")(x)
+        keys = self.param("keys", _normal, (self.slots, self.query), x.dtype)
+        values = self.param("values", _normal, (self.slots, self.value), x.dtype)
+        read = nn.softmax(query @ keys.T) @ values
+        return nn.Dense(self.out, name="readout")(nn.relu(read))
+
+
 class Mixture(nn.Module):
     """A hidden layer, a mixture (or two) on a residual stream, and a readout."""
 
@@ -163,25 +199,40 @@ def _switch(s: Sizes) -> Callable[[int, str], nn.Module]:
     return lambda hidden, name: Switch(s["experts"], hidden, s["capacity"], name=name)
 
 
-def _soft_readout() -> Model:
-    """Return a mixture that is the whole network, its experts reading the inputs."""
-    sizes = {"rows": 4, "features": 5, "experts": 6, "hidden": 7, "out": 3}
+def _table(name: str, hidden: Sizes, make: Callable[[Sizes], nn.Module], **fixed: str) -> Model:
+    """Return a model on rows of features whose hidden sizes are all free but those in ``fixed``."""
 
     def build(s: Sizes) -> Built:
-        module = Soft(s["experts"], s["hidden"], s["out"])
-        return built(module, floats(s["rows"], s["features"]))
+        return built(make(s), floats(s["rows"], s["features"]))
 
-    return Model("soft mixture", sizes, build, ("experts", "hidden"), {"out": "output"})
+    free = tuple(size for size in hidden if size not in fixed)
+    sizes = {"rows": 4, "features": 5, **hidden, "out": 3}
+    return Model(name, sizes, build, free, {"out": "output", **fixed})
+
+
+def _ensemble(mean: bool) -> Callable[[Sizes], nn.Module]:
+    return lambda s: Ensemble(s["members"], s["hidden"], s["out"], mean)
 
 
 _CHOICE = {"experts": 6, "chosen": 2}
 
 MODELS = (
-    _soft_readout(),
+    _table(
+        "soft mixture",
+        {"experts": 6, "hidden": 7},
+        lambda s: Soft(s["experts"], s["hidden"], s["out"]),
+    ),
     _model("soft mixture stack", {"experts": 6}, _soft, free=("experts",)),
     _model("top-k mixture", _CHOICE, _top_k(TopK), fixed={"experts": "top_k"}),
     _model("top-k mixture gathered", _CHOICE, _top_k(TopKGather), fixed={"experts": "top_k"}),
     # `experts` is in neither: of equal copies argmax takes the first, so the function can be
     # kept, but only by the order of the copies.  `capacity` decides which rows are dropped.
     _model("switch mixture", {"experts": 6, "capacity": 3}, _switch),
+    _table("ensemble", {"members": 6, "hidden": 7}, _ensemble(mean=True)),
+    _table("ensemble apart", {"members": 6, "hidden": 7}, _ensemble(mean=False), members="output"),
+    _table(
+        "memory slots",
+        {"query": 7, "slots": 8, "value": 9},
+        lambda s: Memory(s["query"], s["slots"], s["value"], s["out"]),
+    ),
 )

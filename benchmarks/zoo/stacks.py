@@ -155,23 +155,6 @@ def chain(kernels: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     return x
 
 
-class Ensemble(nn.Module):
-    """Networks side by side under ``jax.vmap``; their mean, or all of them."""
-
-    members: int
-    hidden: int
-    out: int
-    mean: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return float[batch, out], or float[members, batch, out]."""
-        up = self.param("up", _normal, (self.members, x.shape[-1], self.hidden), x.dtype)
-        down = self.param("down", _normal, (self.members, self.hidden, self.out), x.dtype)
-        y = jax.vmap(lambda u, d: jnp.tanh(x @ u) @ d)(up, down)
-        return y.mean(0) if self.mean else y
-
-
 class Bilinear(nn.Module):
     """Products of two hidden layers, contracted by one kernel of three axes."""
 
@@ -233,24 +216,6 @@ class Ordered(nn.Module):
         return nn.Dense(self.out, name="readout")(nn.tanh(x))
 
 
-class Memory(nn.Module):
-    """Slots that are weighted by a softmax over their keys, and summed."""
-
-    query: int
-    slots: int
-    value: int
-    out: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return float[batch, out]."""
-        query = nn.Dense(self.query, name="query")(x)
-        keys = self.param("keys", _normal, (self.slots, self.query), x.dtype)
-        values = self.param("values", _normal, (self.slots, self.value), x.dtype)
-        read = nn.softmax(query @ keys.T) @ values
-        return nn.Dense(self.out, name="readout")(nn.relu(read))
-
-
 @jax.custom_jvp
 def softclip(x: jax.Array) -> jax.Array:
     """Return ``x / (1 + |x|)``, with a derivative given by hand."""
@@ -266,19 +231,25 @@ def _softclip_jvp(
 
 
 @jax.custom_vjp
-def straight_through(x: jax.Array) -> jax.Array:
-    """Return ``x`` rounded to quarters, with the gradient of the identity."""
-    return jnp.round(4.0 * x) / 4.0
+def bounded(x: jax.Array) -> jax.Array:
+    """Return ``tanh(x)``, with a gradient that never vanishes."""
+    return jnp.tanh(x)
 
 
-straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
+bounded.defvjp(lambda x: (bounded(x), x), lambda x, g: (g / (1.0 + x**2),))
 
 
 def custom_mlp(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     """Return a plain network's outputs, its activations with derivatives of their own."""
     x = softclip(x @ params["kernel_0"] + params["bias_0"][None])
-    x = straight_through(x @ params["kernel_1"] + params["bias_1"][None])
+    x = bounded(x @ params["kernel_1"] + params["bias_1"][None])
     return x @ params["kernel_2"]
+
+
+def _table(name: str, hidden: Sizes, build: Callable[[Sizes], Built], **fixed: str) -> Model:
+    """Return a model whose hidden sizes are all free but those in ``fixed``."""
+    free = tuple(size for size in hidden if size not in fixed)
+    return Model(name, TABLE | dict(hidden), build, free, {"out": "output", **fixed})
 
 
 def _custom() -> Model:
@@ -292,7 +263,81 @@ def _custom() -> Model:
     return _table("custom derivatives", {"width_0": 7, "width_1": 9}, build)
 
 
-def _table(name: str, hidden: Sizes, build: Callable[[Sizes], Built], **fixed: str) -> Model:
-    """Return a model whose hidden sizes are all free but those in ``fixed``."""
-    free = tuple(size for size in hidden if size not in fixed)
-    return Model(name, TABLE | dict(hidden), build, free, {"out": "output", **fixed})
+def _simple(name: str, hidden: Sizes, make: Callable[[Sizes], nn.Module], **fixed: str) -> Model:
+    def build(s: Sizes) -> Built:
+        return built(make(s), floats(s["batch"], s["features"]))
+
+    return _table(name, hidden, build, **fixed)
+
+
+def _branches() -> Model:
+    def build(s: Sizes) -> Built:
+        module = Branches(s["width"], s["wide"], (s["deep_0"], s["deep_1"]), s["out"])
+        return built(module, floats(s["batch"], s["features"]), np.asarray(True))
+
+    return _table("cond", {"width": 6, "wide": 7, "deep_0": 8, "deep_1": 9}, build)
+
+
+def _scan_feedforward(s: Sizes) -> nn.Module:
+    return Scanned(Feedforward, (s["hidden"],), s["layers"], s["width"], s["out"])
+
+
+def _scan_attention() -> Model:
+    """Return a scanned transformer, each layer computed again for the gradient."""
+    hidden = {"width": 7, "heads": 8, "head_dim": 9, "hidden": 11}
+
+    def build(s: Sizes) -> Built:
+        block = nn.remat(Attention, prevent_cse=False)
+        sizes = s["heads"], s["head_dim"], s["hidden"]
+        module = Scanned(block, sizes, s["layers"], s["width"], s["out"])
+        return built(module, floats(s["batch"], s["time"], s["features"]))
+
+    fixed = {"layers": "scan", "out": "output"}
+    sizes = SEQUENCE | hidden | {"layers": 3}
+    return Model("scan remat attention", sizes, build, tuple(hidden), fixed)
+
+
+def _one_hot() -> Model:
+    sizes = {"batch": 4, "time": 6, "vocabulary": VOCABULARY, "embedding": 7, "out": 5}
+
+    def build(s: Sizes) -> Built:
+        ids = tokens(s["batch"], s["time"], vocabulary=VOCABULARY)
+        return built(OneHot(s["vocabulary"], s["embedding"], s["out"]), ids)
+
+    # `vocabulary` is in neither: more rows keep the function of the ids there were.
+    return Model("one-hot tokens", sizes, build, ("embedding",), {"out": "output"})
+
+
+def _cumulative() -> Model:
+    def build(s: Sizes) -> Built:
+        last = np.arange(s["batch"], dtype=np.int32) + 3
+        x = floats(s["batch"], s["time"], s["features"])
+        return built(Cumulative(s["width"], s["out"]), x, last)
+
+    return Model("cumulative", SEQUENCE | {"width": 7}, build, ("width",), {"out": "output"})
+
+
+MODELS = (
+    _simple("scan", {"width": 7, "hidden": 9, "layers": 6}, _scan_feedforward, layers="scan"),
+    _scan_attention(),
+    _simple(
+        "remat",
+        {"width": 7, "hidden_0": 8, "hidden_1": 9},
+        lambda s: Unrolled((s["hidden_0"], s["hidden_1"]), s["width"], s["out"]),
+    ),
+    _simple("fori loop", {"width": 7}, lambda s: Equilibrium(s["width"], s["out"], False)),
+    _simple("while loop", {"width": 7}, lambda s: Equilibrium(s["width"], s["out"], True)),
+    _branches(),
+    _custom(),
+    _simple(
+        "bilinear", {"left": 7, "right": 9}, lambda s: Bilinear(s["left"], s["right"], s["out"])
+    ),
+    _one_hot(),
+    _cumulative(),
+    _simple(
+        "ordered units",
+        {"hidden": 7, "width": 9},
+        lambda s: Ordered(s["width"], s["hidden"], s["out"]),
+        width="cumsum",
+    ),
+)

@@ -23,6 +23,8 @@ ZERO: Expr = {}
 def plus(a: Mapping[Symbol, Number], b: Mapping[Symbol, Number], times: Number = 1) -> Expr:
     """Returns ``a + times * b``."""
     out = dict(a)
+    if not times:
+        return out
     for symbol, number in b.items():
         total = out.get(symbol, 0) + times * number
         if total:

@@ -57,7 +57,7 @@ def _slice(eqn: Equation) -> Description:
     whole = eqn.inputs[0].shape
     strides = eqn.param("strides")
     if strides is not None and any(stride != 1 for stride in strides):
-        return immovable(eqn, "a slice with a step skips places", UNSCALED)
+        return _stepped(eqn)
     starts, stops = eqn.sizes("start_indices"), eqn.sizes("limit_indices")
     cuts = [
         (start, _minus(stop, start), _minus(size, stop))
@@ -75,6 +75,15 @@ def _pad(eqn: Equation) -> Description:
         for config, size in zip(configs, eqn.inputs[0].shape, strict=True)
     ]
     return _box(eqn, eqn.outputs[0].shape, cuts, pasted=True)
+
+
+def _stepped(eqn: Equation) -> Labelled:
+    """Steps that do not divide: dimensions that are cut stay, the others pass."""
+    inner, size = labels(eqn.inputs[0]), eqn.outputs[0].shape
+    whole = [a == b for a, b in zip(eqn.inputs[0].shape, size, strict=True)]
+    outer = [d if same else fresh(n) for d, same, n in zip(inner, whole, size, strict=True)]
+    cut = [dim for same, *both in zip(whole, inner, outer, strict=True) if not same for dim in both]
+    return Labelled([inner], [outer], LINEAR, fixed=[(d, "a slice skips places") for d in cut])
 
 
 def _spread(eqn: Equation, configs: Sequence[Sequence[Sequence[int]]]) -> Labelled:

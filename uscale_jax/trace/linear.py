@@ -64,8 +64,9 @@ def substitute(equation: Expr, rows: Rows) -> Expr:
     """Returns an equation without pivots."""
     pivots = [u for u in unknowns(equation) if u in rows]
     while pivots:
-        for pivot in filter(equation.__contains__, pivots):
-            equation = plus(equation, {pivot: 1, **scaled(rows[pivot], -1)}, -equation[pivot])
+        for pivot in pivots:
+            number = equation.get(pivot, 0)  # an earlier pivot may have cancelled it
+            equation = plus(equation, {pivot: 1, **scaled(rows[pivot], -1)}, -number)
         pivots = [u for u in unknowns(equation) if u in rows]
     return equation
 
