@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.zoo.registry import Built, Model, Sizes, floats
+from benchmarks.zoo.registry import Built, Model, Sizes, built, floats, tokens
 from benchmarks.zoo.vision import normalise
 
 _normal = nn.initializers.normal(0.5)
