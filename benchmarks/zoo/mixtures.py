@@ -1,4 +1,4 @@
-"""Mixtures of experts (soft, routed to the best few, switched), ensembles, memory slots."""
+"""Mixtures of experts (soft, routed to the best few, switched), ensembles, products."""
 
 from __future__ import annotations
 
@@ -146,6 +146,22 @@ class Memory(nn.Module):
         return nn.Dense(self.out, name="readout")(nn.relu(read))
 
 
+class Bilinear(nn.Module):
+    """Products of two hidden layers, contracted by one kernel of three axes."""
+
+    left: int
+    right: int
+    out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return float[batch, out]."""
+        a = nn.tanh(nn.Dense(self.left, name="left")(x))
+        b = nn.tanh(nn.Dense(self.right, name="right")(x))
+        kernel = self.param("kernel", _normal, (self.left, self.right, self.out), x.dtype)
+        return jnp.einsum("bi,bj,ijo->bo", a, b, kernel)
+
+
 class Mixture(nn.Module):
     """A hidden layer, a mixture (or two) on a residual stream, and a readout."""
 
@@ -230,6 +246,9 @@ MODELS = (
     _model("switch mixture", {"experts": 6, "capacity": 3}, _switch),
     _table("ensemble", {"members": 6, "hidden": 7}, _ensemble(mean=True)),
     _table("ensemble apart", {"members": 6, "hidden": 7}, _ensemble(mean=False), members="output"),
+    _table(
+        "bilinear", {"left": 7, "right": 9}, lambda s: Bilinear(s["left"], s["right"], s["out"])
+    ),
     _table(
         "memory slots",
         {"query": 7, "slots": 8, "value": 9},

@@ -1,4 +1,4 @@
-"""Scanned and rematerialised stacks, loops, branches, custom derivatives, unusual layers."""
+"""Scanned and rematerialised stacks, loops, branches, custom derivatives, sums along time."""
 
 from __future__ import annotations
 
@@ -154,22 +154,6 @@ def chain(kernels: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     for kernel in kernels[1:]:
         x = jnp.tanh(x) @ kernel
     return x
-
-
-class Bilinear(nn.Module):
-    """Products of two hidden layers, contracted by one kernel of three axes."""
-
-    left: int
-    right: int
-    out: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return float[batch, out]."""
-        a = nn.tanh(nn.Dense(self.left, name="left")(x))
-        b = nn.tanh(nn.Dense(self.right, name="right")(x))
-        kernel = self.param("kernel", _normal, (self.left, self.right, self.out), x.dtype)
-        return jnp.einsum("bi,bj,ijo->bo", a, b, kernel)
 
 
 class OneHot(nn.Module):
@@ -330,9 +314,6 @@ MODELS = (
     _simple("while loop", {"width": 7}, lambda s: Equilibrium(s["width"], s["out"], True)),
     _branches(),
     _custom(),
-    _simple(
-        "bilinear", {"left": 7, "right": 9}, lambda s: Bilinear(s["left"], s["right"], s["out"])
-    ),
     _one_hot(),
     _cumulative(),
     _simple(
