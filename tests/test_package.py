@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,11 @@ def test_importing_the_library_does_not_import_flax_or_matplotlib():
 
 
 def public_names() -> list[str]:
-    return [name for name in vars(us) if not name.startswith("_")]
+    return [
+        name
+        for name, what in vars(us).items()
+        if not name.startswith("_") and not isinstance(what, types.ModuleType)
+    ]
 
 
 def test_every_public_name_is_documented_and_in_the_readme():

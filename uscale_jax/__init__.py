@@ -8,6 +8,11 @@ Array([[ 0.5, -1. ,  1.5]], dtype=float32)
 >>> tx = optax.chain(optax.adam(1e-3), us.unit_scale_lr(0.5))  # learning rate α/k = 2α
 """
 
+from uscale_jax._axes import Axes as Axes
+from uscale_jax._axes import Axis as Axis
+from uscale_jax._axes import Concatenation as Concatenation
+from uscale_jax._axes import Dimension as Dimension
+from uscale_jax._axes import trace_axes as trace_axes
 from uscale_jax._chain_order import UnitScaleOrderWarning as UnitScaleOrderWarning
 from uscale_jax._effective import EffectiveScale as EffectiveScale
 from uscale_jax._effective import Ratios as Ratios

@@ -33,7 +33,7 @@ def _mlp(activation: str) -> Model:
         {"batch": 4, "features": 5, "width_0": 7, "width_1": 9, "out": 3},
         build,
         free=("width_0", "width_1"),
-        fixed={"features": "input", "out": "output"},
+        fixed={"out": "output"},
     )
 
 

@@ -88,7 +88,7 @@ class TopKGather(nn.Module):
         up = self.param("up", _kernel, (self.experts, x.shape[-1], self.hidden), x.dtype)
         down = self.param("down", _kernel, (self.experts, self.hidden, self.out), x.dtype)
         y = nn.silu(jnp.einsum("rw,rkwh->rkh", x, up[ids]))
-        return jnp.einsum("rk,rkh,rkho->ro", shares, y, down[ids])
+        return jnp.einsum("rkh,rkho->ro", shares[..., None] * y, down[ids])
 
 
 class Switch(nn.Module):
@@ -159,7 +159,7 @@ class Bilinear(nn.Module):
         a = nn.tanh(nn.Dense(self.left, name="left")(x))
         b = nn.tanh(nn.Dense(self.right, name="right")(x))
         kernel = self.param("kernel", _normal, (self.left, self.right, self.out), x.dtype)
-        return jnp.einsum("bi,bj,ijo->bo", a, b, kernel)
+        return jnp.einsum("bj,bjo->bo", b, jnp.einsum("bi,ijo->bjo", a, kernel))
 
 
 class Mixture(nn.Module):

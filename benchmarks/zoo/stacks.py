@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -123,7 +124,7 @@ def _until_still(step: Callable[[jax.Array], jax.Array], start: jax.Array) -> ja
 
 
 class Branches(nn.Module):
-    """A wide or a deep branch, by a flag in the inputs."""
+    """A wide or a deep branch, by flags in the inputs: one output a flag."""
 
     width: int
     wide: int
@@ -131,8 +132,8 @@ class Branches(nn.Module):
     out: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, flag: jax.Array) -> jax.Array:
-        """Return float[batch, out]."""
+    def __call__(self, x: jax.Array, flags: jax.Array) -> list[jax.Array]:
+        """Return float[batch, out] for every flag."""
         x = nn.relu(nn.Dense(self.width, name="embed")(x))
         shapes = {"wide": (self.width, self.wide, self.out), "deep": (self.width, *self.deep)}
         shapes["deep"] += (self.out,)
@@ -143,9 +144,8 @@ class Branches(nn.Module):
             )
             for branch, widths in shapes.items()
         }
-        return jax.lax.cond(
-            flag, lambda x: chain(kernels["wide"], x), lambda x: chain(kernels["deep"], x), x
-        )
+        wide, deep = (partial(chain, kernels[branch]) for branch in ("wide", "deep"))
+        return [jax.lax.cond(flag, wide, deep, x) for flag in flags]
 
 
 def chain(kernels: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
@@ -258,7 +258,7 @@ def _simple(name: str, hidden: Sizes, make: Callable[[Sizes], nn.Module], **fixe
 def _branches() -> Model:
     def build(s: Sizes) -> Built:
         module = Branches(s["width"], s["wide"], (s["deep_0"], s["deep_1"]), s["out"])
-        return built(module, floats(s["batch"], s["features"]), np.asarray(True))
+        return built(module, floats(s["batch"], s["features"]), np.array([True, False]))
 
     return _table("cond", {"width": 6, "wide": 7, "deep_0": 8, "deep_1": 9}, build)
 

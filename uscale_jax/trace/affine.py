@@ -9,7 +9,7 @@ number that is no simple power (``"~0.37"``).  Exact, so that growing twofold fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -65,17 +65,57 @@ def _primes(number: int) -> Iterable[int]:
         yield number
 
 
-def log_of_float(ratio: float, epsilon: float) -> Expr:
-    """Returns the logarithm of a ratio of two rounded constants, exact where it is simple.
+def log_of_constants(small: float, big: float, epsilon: float) -> Expr:
+    """Returns the logarithm of ``big / small``, exact where the rounded constants tell what it is.
 
-    ``1/sqrt(24) / (1/sqrt(12))`` in float32 is the square root of 1/2 up to rounding: the power of
-    a simple fraction is taken for it.  Anything else is a symbol of its own.
+    ``1/sqrt(24)`` and ``1/sqrt(12)`` in float32 are powers of integers up to rounding, and so are
+    most constants that depend on sizes.  Else the simplest power of a fraction that explains the
+    ratio is taken for it, if none that simple would fit by chance.  Anything else is a symbol of
+    its own.
     """
+    ratio = big / small
     for power in (1, 2, 4):
-        simple = Fraction(ratio**power).limit_denominator(4096 if power == 1 else 256)
-        if simple > 0 and math.isclose(float(simple), ratio**power, rel_tol=8 * power * epsilon):
-            return {s: Fraction(n, power) for s, n in log_of(simple).items()}
+        for sign in (1, -1):
+            whole = [_integer(x, sign * power, epsilon) for x in (small, big)]
+            if None not in whole:
+                return _root(Fraction(whole[1], whole[0]), sign * power)  # type: ignore[arg-type]
+    fitting = [(*_simplest(ratio**power, 8 * power * epsilon), power) for power in (1, 2, 4)]
+    complexity, simple, power = min(fitting)
+    if complexity * 8 * power * epsilon < 0.5:
+        return _root(simple, power)
     return {f"~{math.log(ratio):.9g}": 1}
+
+
+def _integer(x: float, power: int, epsilon: float) -> int | None:
+    """The integer that ``x**power`` is, if rounding leaves no doubt."""
+    try:
+        raised = float(x) ** power
+    except OverflowError:
+        return None
+    tolerance = 4 * abs(power) * epsilon
+    if not 0.5 < raised < 0.05 / tolerance:
+        return None
+    whole = round(raised)
+    return whole if math.isclose(whole, raised, rel_tol=tolerance) else None
+
+
+def _simplest(x: float, tolerance: float) -> tuple[float, Fraction]:
+    """The simplest fraction near ``x``, by the product of its terms; infinite if there is none."""
+    bound = 1
+    while bound <= 4096:
+        simple = Fraction(x).limit_denominator(bound)
+        if simple > 0 and math.isclose(simple, x, rel_tol=tolerance):
+            return float(simple.numerator * simple.denominator), simple
+        bound *= 2
+    return math.inf, Fraction(1)
+
+
+def _root(x: Fraction, power: int) -> Expr:
+    return {s: _whole(Fraction(n, power)) for s, n in log_of(x).items()}
+
+
+def _whole(x: Fraction) -> Number:
+    return int(x) if x.denominator == 1 else x
 
 
 def log_value(symbol: str) -> float:
@@ -106,6 +146,14 @@ def factor(known: Mapping[Symbol, Number]) -> float:
 def unknowns(expr: Mapping[Symbol, Number]) -> list[int]:
     """Returns the unknowns of an expression."""
     return [symbol for symbol in expr if isinstance(symbol, int)]
+
+
+def total(expr: Mapping[Symbol, Number], found: Sequence[Expr]) -> Expr:
+    """Returns an expression with every unknown replaced by its entry in ``found``."""
+    out: Expr = {symbol: n for symbol, n in expr.items() if not isinstance(symbol, int)}
+    for unknown in unknowns(expr):
+        out = plus(out, found[unknown], expr[unknown])
+    return out
 
 
 def words(expr: Mapping[Symbol, Number], names: Mapping[int, str]) -> str:

@@ -30,6 +30,10 @@ class Reason(NamedTuple):
     text: str
     source: Source | None
 
+    def __str__(self) -> str:
+        """Return ``cumsum mixes places along it at model.py:31``."""
+        return self.text if self.source is None else f"{self.text} at {self.source}"
+
 
 class Atom:
     """A factor of a dimension, until it is found to be a product or a sum of others."""

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from uscale_jax.trace import contractions, indexing, loops, primitives
-from uscale_jax.trace.atoms import Reason, fix, fresh, leaves, mark_read, unify
+from uscale_jax.trace.atoms import Reason, fix, fresh, mark_read, unify
 from uscale_jax.trace.description import Blocks, Description, Dims, Labelled, Regrouped
-from uscale_jax.trace.program import Equation, Program, Value
+from uscale_jax.trace.program import Equation, Program, Value, numbers, same_numbers
 from uscale_jax.trace.source import Source
 
 # Imported for the rules they define.
@@ -55,24 +55,14 @@ def analyse(program: Program, names: Sequence[str], outputs: Sequence[str]) -> S
         structure.descriptions.append(description)
         _apply(structure, eqn, description)
     for value, name in zip(program.outputs, outputs, strict=True):
-        _fix_all(structure, value, f"is an axis of the output {name}")
-    _fix_unread(structure, len(program.inputs) - len(names))
+        _fix_all(structure, value, f"is an axis of {name}")
     return structure
-
-
-def _fix_unread(structure: Structure, parameters: int) -> None:
-    reason = Reason("is not read by the program on these inputs", None)
-    for value in structure.program.inputs[:parameters]:
-        for dim in structure.of(value):
-            for atom in leaves(dim):
-                if not atom.read:
-                    fix((atom,), reason)
 
 
 def _fix_inputs(structure: Structure, names: Sequence[str]) -> None:
     inputs = structure.program.inputs
     for value, name in zip(inputs[len(inputs) - len(names) :], names, strict=True):
-        _fix_all(structure, value, f"is an axis of the input {name}")
+        _fix_all(structure, value, f"is an axis of {name}")
 
 
 def _fix_all(structure: Structure, value: Value, text: str) -> None:
@@ -87,18 +77,16 @@ def _fix_captured(structure: Structure, value: Value) -> None:
     if value.captured is None:
         return
     reason = Reason("indexes an array of numbers that the function closes over", None)
+    arrays = [numbers(array) for array in value.captured]
     for axis, dim in enumerate(structure.of(value)):
-        if any(_varies(array, axis) for array in value.captured):
+        if any(_varies(array, axis) for array in arrays):
             fix(dim, reason)
 
 
-def _varies(array: Any, axis: int) -> bool:
-    try:
-        array = np.asarray(array)
-    except TypeError:  # a random key
+def _varies(array: np.ndarray[Any, Any] | None, axis: int) -> bool:
+    if array is None or not array.shape[axis]:  # nothing is known of a traced one
         return True
-    first = np.take(array, [0], axis=axis) if array.shape[axis] else array
-    return not np.array_equal(array, np.broadcast_to(first, array.shape))
+    return not same_numbers(array, np.broadcast_to(array.take([0], axis), array.shape))
 
 
 def _apply(structure: Structure, eqn: Equation, description: Description) -> None:

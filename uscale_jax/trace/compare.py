@@ -98,7 +98,9 @@ def structure_error(
         lines += [f"  {key}: {a[key]} (small), {b.get(key)} (big)" for key in keys]
     lines.append(
         "Expected: the same operations in the same order. Fix: build both models from one "
-        "definition, and avoid Python branches on sizes (such as `if heads == kv_heads`)."
+        "definition, avoid Python branches on sizes (such as `if heads == kv_heads`), and give "
+        "`jnp.einsum` of three or more arrays an `optimize=` path of its own, because it else "
+        "chooses one by the sizes."
     )
     return ValueError("\n".join(lines))
 

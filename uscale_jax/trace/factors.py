@@ -22,7 +22,7 @@ from uscale_jax.trace.affine import ZERO, Expr, plus, scaled
 from uscale_jax.trace.atoms import Atom, alternatives, is_opaque, monomials
 from uscale_jax.trace.axes import Structure
 from uscale_jax.trace.description import Blocks, Dims, Kind, Labelled, Regrouped, Scale
-from uscale_jax.trace.program import Equation, Value
+from uscale_jax.trace.program import Equation, Value, numbers, same_numbers, without_repeats
 from uscale_jax.trace.source import Source
 
 Cell: TypeAlias = "Expr | None"
@@ -106,16 +106,22 @@ def constant_cell(numbers: Sequence[Any], dtype: Any) -> Cell:
     if _same_number(small, big):
         return None if not np.isfinite(small) or small == 0 else ZERO
     ratio = complex(big) / complex(small) if small != 0 else 0.0
-    if isinstance(ratio, complex) and ratio.imag:
+    if ratio.imag or not np.isfinite(ratio.real) or ratio.real <= 0:
         raise ValueError(f"{small} (small), {big} (big)")
-    number = float(ratio.real)
-    if not np.isfinite(number) or number <= 0:
-        raise ValueError(f"{small} (small), {big} (big)")
-    return affine.log_of_float(number, float(jnp.finfo(dtype).eps))
+    return affine.log_of_constants(abs(small), abs(big), float(jnp.finfo(dtype).eps))
 
 
 def _same_number(a: Any, b: Any) -> bool:
     return bool(a == b) or bool(np.isnan(a) and np.isnan(b))
+
+
+def _same_arrays(small: Any, big: Any) -> bool:
+    """Whether captured arrays are the same but for axes along which they do not vary."""
+    if small is big:
+        return True
+    arrays = [numbers(small), numbers(big)]
+    a, b = (None if x is None else without_repeats(x) for x in arrays)
+    return a is not None and b is not None and same_numbers(a, b)
 
 
 class _Walk:
@@ -144,11 +150,9 @@ class _Walk:
         """An array of numbers must be the same in both programs, up to a factor."""
         if value.uniform is not None or value.captured is None:
             return
-        cell: Cell = ZERO
-        arrays = [np.asarray(_shrunk(a)) for a in value.captured] if value.scales else []
-        if arrays and not _equal(arrays[0], arrays[-1]):
-            cell = self._clash("a captured array is another one in the big model", None)
-        self.known[id(value)] = one_cell(cell, value.ndim)
+        if not _same_arrays(value.captured[0], value.captured[-1]):
+            self._clash("an array that the function closes over is another in the big model", None)
+        self.known[id(value)] = one_cell(ZERO, value.ndim)
 
     def _clash(self, text: str, source: Source | None) -> Expr:
         self.system.require({"~1": 1}, text, source)
@@ -183,10 +187,19 @@ class _Walk:
         else:
             found = self._blocks(eqn, what)
         for value, cells in zip(eqn.outputs, found, strict=True):
-            self.known[id(value)] = (
-                self._short(cells) if value.scales else one_cell(ZERO, value.ndim)
-            )
+            if value.scales:
+                self.known[id(value)] = self._short(cells)
+            else:
+                self._counts(eqn, cells)
+                self.known[id(value)] = one_cell(ZERO, value.ndim)
         self._follow_views(eqn)
+
+    def _counts(self, eqn: Equation, cells: Cells) -> None:
+        """Integers that are added up count the replicas, and whoever reads them would notice."""
+        if not any(value.scales for value in eqn.inputs):
+            for cell in cells.flat:
+                if cell:
+                    self.system.require(cell, f"`{eqn.name}` counts in integers", eqn.source)
 
     def _follow_views(self, eqn: Equation) -> None:
         """A view of a parameter is the parameter laid out in another way."""
@@ -286,20 +299,6 @@ _LAYOUT = frozenset(
         "optimization_barrier",
     )
 )
-
-
-def _shrunk(array: Any) -> Any:
-    """An array without the axes along which it does not vary."""
-    array = np.asarray(array)
-    for axis in range(array.ndim):
-        first = np.take(array, [0], axis=axis)
-        if np.array_equal(array, np.broadcast_to(first, array.shape), equal_nan=True):
-            array = first
-    return array
-
-
-def _equal(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    return a.shape == b.shape and np.array_equal(a, b, equal_nan=True)
 
 
 class _Labels:
@@ -433,7 +432,7 @@ def _powers(
     walk: _Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]
 ) -> Cell:
     if len(scale.powers) == 1 and cells[0] is None:
-        return None
+        return None if scale.powers[0] else ZERO  # 0**0 is 1
     total = ZERO
     for cell, power in zip(cells, scale.powers, strict=False):
         if cell:

@@ -202,6 +202,8 @@ def _scatter(eqn: Equation) -> Labelled:
     batch = [i for i in range(len(sizes)) if i not in numbers.update_window_dims]
     for place, dim in zip(batch, indices[:-1], strict=True):
         updates[place] = dim
+    # Replicas of an update would be added once each.
+    held += indices[:-1] if eqn.name in ("scatter-add", "scatter-sub") else []
     return _looked_up(eqn, [operand, indices, updates], operand, [*held, indices[-1]])
 
 

@@ -8,8 +8,6 @@ from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
-from scipy.optimize import linprog  # type: ignore[import-untyped]
-from scipy.sparse import coo_array  # type: ignore[import-untyped]
 
 from uscale_jax.trace.affine import Expr, Number, Symbol, plus, scaled, to_float, unknowns
 
@@ -127,6 +125,9 @@ def _departing(
     equations: Sequence[Expr], wishes: Mapping[int, Expr], weights: Sequence[float]
 ) -> list[int]:
     """Returns the unknowns that are not as wished for where the weighted distance is smallest."""
+    from scipy.optimize import linprog  # type: ignore[import-untyped]  # noqa: PLC0415
+    from scipy.sparse import coo_array  # type: ignore[import-untyped]  # noqa: PLC0415
+
     count = len(weights)
     entries: list[tuple[int, int, float]] = []
     right = np.zeros(len(equations))

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uscale_jax import _jax
 from uscale_jax.trace.atoms import Size, ones
 from uscale_jax.trace.source import Source
 
@@ -87,31 +89,43 @@ def value_of(avals: Iterable[Any]) -> Value:
 def constant(arrays: Sequence[Any], avals: Sequence[Any]) -> Value:
     """Returns the value of a literal or of a captured array."""
     value = value_of(avals)
-    if all(_is_plain(a) for a in arrays):
-        value.uniform = _uniform([np.asarray(a) for a in arrays])
+    if all(jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool for aval in avals):
+        value.uniform = _uniform([numbers(a) for a in arrays])
     if value.uniform is None:
         value.captured = tuple(arrays)
     return value
 
 
-def _is_plain(array: Any) -> bool:
-    dtype = getattr(array, "dtype", None)
-    return dtype is None or jnp.issubdtype(dtype, jnp.number) or np.dtype(bool) == dtype
-
-
-def _uniform(arrays: Sequence[np.ndarray]) -> tuple[Any, ...] | None:
-    if not all(a.size for a in arrays):
+def numbers(array: Any) -> np.ndarray[Any, Any] | None:
+    """Returns what a captured array holds, random keys too; None for a traced one."""
+    if _jax.is_traced(array):
         return None
-    firsts = [a.reshape(-1)[0] for a in arrays]
-    same = all(
-        np.array_equal(a, np.broadcast_to(f, a.shape), equal_nan=_may_be_nan(a))
-        for a, f in zip(arrays, firsts, strict=True)
-    )
-    return tuple(firsts) if same else None
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array)
 
 
-def _may_be_nan(array: np.ndarray) -> bool:
-    return bool(np.issubdtype(array.dtype, np.inexact))
+def _uniform(arrays: Sequence[np.ndarray[Any, Any] | None]) -> tuple[Any, ...] | None:
+    shrunk = [None if a is None else without_repeats(a) for a in arrays]
+    if any(a is None or a.size != 1 for a in shrunk):
+        return None
+    return tuple(a.reshape(-1)[0] for a in shrunk if a is not None)
+
+
+def without_repeats(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns an array without the axes along which it does not vary."""
+    for axis in range(array.ndim):
+        if array.shape[axis] > 1:
+            first = np.take(array, [0], axis=axis)
+            if same_numbers(array, np.broadcast_to(first, array.shape)):
+                array = first
+    return array
+
+
+def same_numbers(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Returns whether two arrays are the same, NaN for NaN."""
+    floating = jnp.issubdtype(a.dtype, jnp.inexact)
+    return np.array_equal(a, b, equal_nan=bool(floating))
 
 
 def without_dead_code(program: Program) -> Program:

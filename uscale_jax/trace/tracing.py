@@ -44,10 +44,15 @@ def trace(models: Sequence[Model], inputs: Sequence[Any]) -> Traced:
     )
     _check_outputs(outputs)
     keys, leaves, treedef = _tree.flatten_named(models[0].params)
-    names = [_tree.name(key) for key in _tree.flatten_named(tuple(inputs))[0]]
-    out_names = [_tree.name(key) for key in _tree.flatten_named(outputs[0])[0]]
-    structure = analyse(program(closed), names, out_names)
+    names = [f"input {'/'.join(key)}" for key in _tree.flatten_named(tuple(inputs))[0]]
+    structure = analyse(program(closed), names, output_names(outputs[0]))
     return Traced(structure, keys, leaves, treedef, outputs[0])
+
+
+def output_names(outputs: Tree) -> list[str]:
+    """Returns what to call each output: ``output logits``, or ``the output`` of one."""
+    keys = _tree.flatten_named(outputs)[0]
+    return [f"output {'/'.join(key)}" if key else "the output" for key in keys]
 
 
 def _shape(leaf: Any) -> Any:
@@ -59,12 +64,24 @@ def _shape(leaf: Any) -> Any:
 def _check_trees(models: Sequence[Model]) -> None:
     small, big = (_tree.flatten_named(m.params)[0] for m in (models[0], models[-1]))
     if small == big:
-        return
+        return _check_leaves(models)
     lines = ["the two models have different parameters."]
     lines += [f"  only the small one has {_tree.name(k)!r}" for k in small if k not in set(big)][:8]
     lines += [f"  only the big one has {_tree.name(k)!r}" for k in big if k not in set(small)][:8]
     lines.append("Expected: the same tree with other sizes. Fix: build both from one definition.")
     raise ValueError("\n".join(lines))
+
+
+def _check_leaves(models: Sequence[Model]) -> None:
+    flat = [_tree.flatten_named(jax.tree.map(_shape, m.params))[:2] for m in models]
+    keys, small, big = flat[0][0], flat[0][1], flat[-1][1]
+    for key, a, b in zip(keys, small, big, strict=True):
+        if len(a.shape) != len(b.shape) or a.dtype != b.dtype:
+            raise ValueError(
+                f"parameter {_tree.name(key)!r} is {_tree.describe(a)} in the small model and "
+                f"{_tree.describe(b)} in the big one. Expected: the same rank and dtype. Fix: "
+                "build both from one definition."
+            )
 
 
 def _check_outputs(outputs: Sequence[Any]) -> None:

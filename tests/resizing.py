@@ -1,0 +1,155 @@
+"""Grows models numerically, element by element, with the axes and factors that the tracer found.
+
+Written for the tests alone and apart from the library's own resizing: maps are made by recursion
+over the structure of a dimension, factors are looked up per element.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.zoo.registry import Built, Sizes
+from benchmarks.zoo.registry import Model as ZooModel
+from uscale_jax.trace import affine, keep
+from uscale_jax.trace.atoms import Dim, alternatives, resolve
+from uscale_jax.trace.tracing import Model, trace
+
+
+def old_places(dim: Dim, size: tuple[int, int]) -> np.ndarray:
+    """For every place along a dimension of the big model, the place in the small one."""
+    places = np.zeros(1, int)
+    for atom in resolve(dim):
+        n, m = atom.size
+        if atom.parts is None:
+            inner = np.arange(m) * n // m  # every place m/n times in a row
+        else:
+            inner = sum_places([old_places(p, part_size(p)) for p in atom.parts], atom.parts)
+        places = (places[:, None] * n + inner).reshape(-1)
+    assert places.shape == (size[1],)
+    return places
+
+
+def part_size(dim: Dim) -> tuple[int, int]:
+    sizes = [atom.size for atom in resolve(dim)]
+    return tuple(int(np.prod([s[p] for s in sizes], dtype=int)) for p in (0, 1))
+
+
+def sum_places(maps: Sequence[np.ndarray], parts: Sequence[Dim]) -> np.ndarray:
+    starts = np.cumsum([0, *(part_size(part)[0] for part in parts)])
+    return np.concatenate([start + m for start, m in zip(starts, maps, strict=False)])
+
+
+def cell_numbers(dim: Dim) -> np.ndarray:
+    """For every place along a dimension of the big model, which cell of its sums it lies in."""
+    cells = np.zeros(1, int)
+    for atom in resolve(dim):
+        count = alternatives((atom,))
+        if atom.parts is None:
+            inner = np.zeros(atom.size[1], int)
+        else:
+            starts = np.cumsum([0, *map(alternatives, atom.parts)])
+            inner = np.concatenate(
+                [s + cell_numbers(p) for s, p in zip(starts, atom.parts, strict=False)]
+            )
+        cells = (cells[:, None] * count + inner).reshape(-1)
+    return cells
+
+
+def grown(solution: keep.Solution, params: Any) -> Any:
+    """The parameters of the big model, in the dtype of the small ones."""
+    structure = solution.traced.structure
+    out = []
+    values = structure.program.inputs
+    for leaf, value, cells in zip(jax.tree.leaves(params), values, solution.cells, strict=False):
+        dims = structure.of(value)
+        if not leaf.ndim:
+            out.append(leaf * affine.factor(cells[()]) if value.scales else leaf)
+            continue
+        big = leaf[np.ix_(*(old_places(d, s) for d, s in zip(dims, value.shape, strict=True)))]
+        if value.scales:
+            table = np.vectorize(affine.factor, otypes=[float])(cells)
+            big = big * table[np.ix_(*map(cell_numbers, dims))].astype(leaf.dtype)
+        out.append(big)
+    return jax.tree.unflatten(jax.tree.structure(params), out)
+
+
+def random_params(shapes: Any, seed: int = 0, dtype: Any = np.float64) -> Any:
+    """Normal parameters; what is named a variance is positive; integers as zeros."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return np.zeros(leaf.shape, leaf.dtype)
+        values = 0.3 * rng.standard_normal(leaf.shape) + 0.1
+        if "var" in jax.tree_util.keystr(path):
+            values = np.exp(values)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return values + 0.3j * rng.standard_normal(leaf.shape)
+        return np.asarray(values, dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def as_double(tree: Any) -> Any:
+    """Floating arrays and shapes as float64."""
+
+    def widen(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, np.float64)
+        return np.asarray(leaf, np.float64)
+
+    return jax.tree.map(widen, tree)
+
+
+def solve(small: Model, big: Model, inputs: Sequence[Any]) -> keep.Solution:
+    """Factors that keep the function; ValueError where there are none."""
+    return keep.solve(trace([small, big], inputs))
+
+
+def error(small: Model, big: Model, inputs: Sequence[Any], *, seed: int = 0) -> float:
+    """Grows random float64 parameters; the largest difference of outputs, relative to them."""
+    with jax.enable_x64(True):
+        inputs = as_double(tuple(inputs))
+        models = [Model(m.apply, as_double(m.params)) for m in (small, big)]
+        solution = solve(*models, inputs)
+        params = random_params(models[0].params, seed)
+        larger = grown(solution, params)
+        expected = jax.tree.map(lambda leaf: leaf.shape, models[1].params)
+        assert jax.tree.map(lambda leaf: leaf.shape, larger) == expected
+        return difference(models[0].apply, params, models[1].apply, larger, inputs)
+
+
+def difference(
+    apply: Callable[..., Any], params: Any, apply_big: Callable[..., Any], big: Any, inputs: Any
+) -> float:
+    """The largest difference of two models' outputs relative to the size of the outputs."""
+    old = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(apply)(params, *inputs))]
+    new = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(apply_big)(big, *inputs))]
+    worst = 0.0
+    for a, b in zip(old, new, strict=True):
+        assert a.shape == b.shape
+        assert np.all(np.isfinite(a)), "the small model's outputs are not finite"
+        scale = float(np.max(np.abs(a))) if a.size else 0.0
+        worst = max(worst, float(np.max(np.abs(a - b))) / (scale or 1.0))
+    return worst
+
+
+def resized(sizes: Sizes, factors: dict[str, int]) -> dict[str, int]:
+    return {name: size * factors.get(name, 1) for name, size in sizes.items()}
+
+
+def models(model: ZooModel, factors: dict[str, int]) -> tuple[Model, Model, tuple[Any, ...]]:
+    """A zoo model at its sizes and at multiplied ones, and its inputs."""
+    small: Built = model.build(model.sizes)
+    big: Built = model.build(resized(model.sizes, factors))
+    return Model(small.apply, small.params), Model(big.apply, big.params), small.inputs
+
+
+def growth_error(model: ZooModel, factors: dict[str, int]) -> float:
+    """The error of a zoo model grown by ``factors``; ValueError where it is refused."""
+    return error(*models(model, factors))

@@ -1,0 +1,72 @@
+"""Whether a big model's sizes are ones that a small model can grow to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from uscale_jax import _tree
+from uscale_jax.trace.atoms import Atom, leaves
+from uscale_jax.trace.tracing import Traced
+
+
+def places(traced: Traced) -> dict[Atom, list[tuple[str, int]]]:
+    """Returns where every axis occurs: names of parameter leaves, and which dimension."""
+    found: dict[Atom, list[tuple[str, int]]] = {}
+    for key, value in zip(traced.keys, traced.structure.program.inputs, strict=False):
+        for i, dim in enumerate(traced.structure.of(value)):
+            for atom in dict.fromkeys(leaves(dim)):
+                found.setdefault(atom, []).append((_tree.name(key), i))
+    return found
+
+
+def check_sizes(traced: Traced) -> None:
+    """Refuses sizes that differ where they cannot, or that are no multiples.
+
+    Raises:
+      ValueError: naming the axes, their places, and why.
+    """
+    wrong = [(atom, why) for atom in changing(traced) if (why := _objection(atom))]
+    if not wrong:
+        return
+    where = places(traced)
+    lines = ["the big model has sizes that the small one cannot grow to."]
+    for atom, why in wrong[:8]:
+        lines.append(f"  {atom.size[0]} (small), {atom.size[-1]} (big): {why}")
+        lines.append(f"    {describe_places(where.get(atom, []))}")
+    lines += [f"  and {len(wrong) - 8} axes more"] if len(wrong) > 8 else []
+    lines.append("Expected: fixed axes as they are, free ones multiplied. Fix: change those sizes.")
+    raise ValueError("\n".join(lines))
+
+
+def changing(traced: Traced) -> list[Atom]:
+    """Returns the axes, of parameters first, whose size is not the same in all programs."""
+    return [atom for atom in dict.fromkeys(_all_atoms(traced)) if len(set(atom.size)) > 1]
+
+
+def _all_atoms(traced: Traced) -> Iterator[Atom]:
+    structure = traced.structure
+    for value in structure.program.inputs:
+        for dim in structure.of(value):
+            yield from leaves(dim)
+    for dims in structure.dims.values():
+        for dim in dims:
+            yield from leaves(dim)
+
+
+def _objection(atom: Atom) -> str | None:
+    if not atom.read:
+        return None
+    if atom.fixed is not None:
+        return str(atom.fixed)
+    if atom.size[-1] % atom.size[0]:
+        return "is no multiple, so that units would not be repeated equally often"
+    return None
+
+
+def describe_places(where: list[tuple[str, int]]) -> str:
+    """Returns where an axis occurs, in words."""
+    if not where:
+        return "no parameter has this axis"
+    shown = [f"dimension {i} of {name}" for name, i in where[:4]]
+    more = [f"{len(where) - 4} more"] if len(where) > 4 else []
+    return "it is " + ", ".join([*shown, *more])
