@@ -1,22 +1,12 @@
-"""Value scaling that keeps what a homogeneous model says: exponents, and the way back."""
+"""The exponents of a chain of homogeneous layers, in closed form."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from uscale_jax import _factors, _tree
-from uscale_jax._types import Apply, Factor, Key, LayerExponents, Tree
-
-
-class Exponents(NamedTuple):
-    """Which power of k each parameter takes, and which power the output then has."""
-
-    params: Tree
-    """Tree like the parameters, one float a leaf: leaf p is multiplied by k**params[p]."""
-    output: Any
-    """The output is multiplied by k**output (a float, or a tree prefix of the outputs)."""
+from uscale_jax import _tree
+from uscale_jax._exponents import Exponents
+from uscale_jax._types import Key, LayerExponents, Tree
 
 
 def _named_bias(leaf_name: str) -> bool:
@@ -43,6 +33,7 @@ def homogeneous_exponents(
 
     This is the closed form: it trusts you that the net is such a chain.  A residual stream,
     softmax attention, GELU, SiLU, tanh or a norm with gain and bias is not homogeneous.
+    :func:`trace_exponents` reads exponents off the program of any model instead.
 
     Args:
       params: the parameter tree (arrays or shapes; only names are used).
@@ -103,74 +94,3 @@ def _owners(keys: Sequence[Key], layers: Sequence[Key]) -> list[Key]:
             "holds parameters, from the input to the output, by the prefix of its leaves' names."
         )
     return [found[0] for found in owners]
-
-
-def compensate(apply: Apply, exponents: Exponents | Any, k: Factor) -> Apply:
-    r"""Returns an apply function whose outputs are those of the model before scaling.
-
-    .. math:: \hat f(p, x) = k^{-e} f(p, x)
-
-    where e is the power of k that the outputs of the scaled model carry.  Parameters scaled by
-    ``scale_params(params, k, exponents=exponents.params)`` then say what they said before, to
-    rounding, and bit for bit where k is a power of two and nothing over- or underflows: training
-    and inference read the same inputs and give the same outputs.
-
-    Args:
-      apply: ``apply(params, *inputs) -> outputs``, any pytree of outputs.
-      exponents: :class:`Exponents`, or its ``output`` alone: a number, or a tree prefix of the
-        outputs with a number per subtree (0 for what does not scale, such as a count).
-      k: the factor the parameters were scaled by; traced values are allowed.
-
-    Returns:
-      A function with the signature of ``apply``; outputs keep their dtypes.
-
-    Raises:
-      TypeError, ValueError: ``k`` is not a positive finite real scalar, or the exponents do not
-        fit the outputs.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import uscale_jax as us
-      >>> def apply(params, x):
-      ...     return jnp.maximum(x @ params["w1"], 0) @ params["w2"]
-      >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [4.0]])}
-      >>> x = jnp.array([[5.0]])
-      >>> doubled = us.scale_params(params, 2.0)
-      >>> apply(params, x), apply(doubled, x), us.compensate(apply, 2, 2.0)(doubled, x)
-      (Array([[15.]], dtype=float32), Array([[60.]], dtype=float32), Array([[15.]], dtype=float32))
-
-    References:
-      Homogeneity, and why an output multiplier undoes it: see :func:`homogeneous_exponents` and
-      *µnit Scaling*, 2025 (arXiv:2502.05967), Eq. 16.
-    """
-    checked = _factors.check_factor(k)
-    powers = exponents.output if isinstance(exponents, Exponents) else exponents
-
-    def compensated(params: Tree, *inputs: Any, **options: Any) -> Any:
-        return _divide_outputs(apply(params, *inputs, **options), powers, checked)
-
-    return compensated
-
-
-def _divide_outputs(outputs: Any, powers: Any, k: Factor) -> Any:
-    keys, leaves, treedef = _tree.flatten_named(outputs)
-    per_leaf = _tree.broadcast_prefix(powers, outputs, keys, what="exponents of the outputs")
-    return jax.tree.unflatten(
-        treedef,
-        [
-            _divide_output(leaf, power, k, key)
-            for leaf, power, key in zip(leaves, per_leaf, keys, strict=True)
-        ],
-    )
-
-
-def _divide_output(leaf: Any, power: float, k: Factor, key: Key) -> Any:
-    if power == 0:
-        return leaf
-    leaf = jnp.asarray(leaf)
-    if not _factors.is_scaled(leaf):
-        raise TypeError(
-            f"output {_tree.name(key)!r} is {_tree.describe(leaf)}, which cannot carry a power of "
-            f"k, got exponent {power}. Fix: give it exponent 0."
-        )
-    return _factors.multiply(leaf, _factors.power(k, -power))

@@ -157,10 +157,22 @@ def total(expr: Mapping[Symbol, Number], found: Sequence[Expr]) -> Expr:
 
 
 def words(expr: Mapping[Symbol, Number], names: Mapping[int, str]) -> str:
-    """Returns an expression as the product of powers it is the logarithm of."""
-    if not expr:
-        return "1"
-    return " · ".join(_power(_base(symbol, names), number) for symbol, number in expr.items())
+    """Returns what an expression is the logarithm of: ``1/6 · 2^(1/2) · [kernel]^2``."""
+    groups: dict[Number, list[str]] = {}
+    number = Fraction(1)
+    for symbol, power in expr.items():
+        prime = isinstance(symbol, str) and symbol.isdigit()
+        if prime and Fraction(power).denominator == 1:
+            number *= Fraction(int(symbol)) ** int(power)
+        else:
+            groups.setdefault(power, []).append(_base(symbol, names))
+    out = [] if number == 1 else [str(number)]
+    for power, bases in groups.items():
+        digits = [base for base in bases if base.isdigit()]
+        others = [base for base in bases if not base.isdigit()]
+        joined = [str(math.prod(map(int, digits)))] if digits else []
+        out += [_power(base, power) for base in (*joined, *others)]
+    return " · ".join(out) or "1"
 
 
 def _base(symbol: Symbol, names: Mapping[int, str]) -> str:
@@ -170,10 +182,6 @@ def _base(symbol: Symbol, names: Mapping[int, str]) -> str:
 
 
 def _power(base: str, number: Any) -> str:
-    return (
-        base
-        if number == 1
-        else f"{base}^({number})"
-        if Fraction(number).denominator > 1
-        else f"{base}^{number}"
-    )
+    if number == 1:
+        return base
+    return f"{base}^({number})" if Fraction(number).denominator > 1 else f"{base}^{number}"

@@ -22,6 +22,7 @@ from uscale_jax.trace.affine import ZERO, Expr, plus, scaled
 from uscale_jax.trace.atoms import Atom, alternatives, is_opaque, monomials
 from uscale_jax.trace.axes import Structure
 from uscale_jax.trace.description import Blocks, Dims, Kind, Labelled, Regrouped, Scale
+from uscale_jax.trace.layout import cell_name
 from uscale_jax.trace.program import Equation, Value, numbers, same_numbers, without_repeats
 from uscale_jax.trace.source import Source
 
@@ -54,6 +55,8 @@ class System:
     """Of every parameter leaf, the unknowns of its cells."""
     suggestions: dict[int, list[Expr]] = field(default_factory=dict)
     """What every use of a parameter cell would have it be."""
+    kernels: set[int] = field(default_factory=set)
+    """Unknowns of what is summed over, or looked up."""
     outputs: list[Cells] = field(default_factory=list)
 
     def unknown(self, name: str = "") -> Expr:
@@ -72,6 +75,14 @@ def one_cell(cell: Cell, ndim: int) -> Cells:
     cells = np.empty((1,) * ndim, object)
     cells[(0,) * ndim] = cell
     return cells
+
+
+def each_cell(cells: Cells, fun: Callable[[Any], Any]) -> Cells:
+    """Returns ``fun`` of every cell."""
+    out = np.empty_like(cells)
+    for place in np.ndindex(cells.shape):
+        out[place] = fun(cells[place])
+    return out
 
 
 def build(structure: Structure, leaf_names: Sequence[str]) -> System:
@@ -140,8 +151,8 @@ class _Walk:
         dims = self.structure.of(value)
         cells = np.empty([alternatives(dim) for dim in dims], object)
         for place in np.ndindex(cells.shape):
-            suffix = f"{list(place)}" if cells.size > 1 else ""
-            cells[place] = self.system.unknown(name + suffix) if value.scales else ZERO
+            part = cell_name(dims, place, cells.shape)
+            cells[place] = self.system.unknown(name + part) if value.scales else ZERO
         self.system.leaf_cells.append(cells)
         self.known[id(value)] = cells
         self.views[id(value)] = value.scales
@@ -211,6 +222,16 @@ class _Walk:
     def is_view(self, value: Value) -> bool:
         """Whether a value is a parameter, laid out in whatever way."""
         return self.views.get(id(value), False)
+
+    def suggest(self, cell: Cell, wish: Expr, kernel: bool) -> None:
+        """Notes what a use of a parameter cell would have it be, and whether as a kernel."""
+        if cell is None or len(cell) != 1:
+            return
+        unknown = next(iter(cell))
+        if isinstance(unknown, int) and self.system.names[unknown]:
+            self.system.suggestions.setdefault(unknown, []).append(wish)
+            if kernel:
+                self.system.kernels.add(unknown)
 
     def _short(self, cells: Cells) -> Cells:
         """Names long expressions."""
@@ -411,19 +432,14 @@ class _Labels:
         views = [i for i, value in enumerate(self.eqn.inputs) if self.walk.is_view(value)]
         if not views or self.eqn.name in _LAYOUT:
             return
+        contracts = bool(self.what.summed) and len(self.eqn.inputs) > 1
         for i in views:
-            wish = self._contraction() if i == views[-1] else ZERO
+            kernel = i == views[-1] and (contracts or self.eqn.name == "gather")
+            wish = self._contraction() if kernel and contracts else ZERO
             for cell in operands[i].flat:
-                if (
-                    cell is not None
-                    and len(cell) == 1
-                    and (symbol := next(iter(cell))) in range(len(self.walk.system.names))
-                ):
-                    self.walk.system.suggestions.setdefault(symbol, []).append(wish)
+                self.walk.suggest(cell, wish, kernel)
 
     def _contraction(self) -> Expr:
-        if len(self.eqn.inputs) < 2:
-            return ZERO
         first = [next(iter(monomials((atom,)))) for atom in self.what.summed]
         return scaled(log_ratio(atom for monomial in first for atom in monomial), -1)
 

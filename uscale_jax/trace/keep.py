@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
@@ -44,15 +42,11 @@ def solve(traced: Traced) -> Solution:
         )
     except linear.Clash as clash:
         raise ValueError(clash_text([wanted[i] for i in clash.members], system)) from None
-    return Solution(traced, system, [filled(cells, found) for cells in system.leaf_cells])
-
-
-def filled(cells: Cells, found: Sequence[Expr]) -> Cells:
-    """Returns the cells of a leaf with every unknown replaced by what it was found to be."""
-    out = np.empty_like(cells)
-    for place in np.ndindex(cells.shape):
-        out[place] = affine.total(cells[place], found)
-    return out
+    cells = [
+        factors.each_cell(cells, lambda cell: affine.total(cell, found))
+        for cells in system.leaf_cells
+    ]
+    return Solution(traced, system, cells)
 
 
 def wishes(system: System) -> dict[int, Expr]:

@@ -47,6 +47,19 @@ def eliminate(equations: Sequence[Expr], prefer: Sequence[Collection[int]] = ())
     return rows
 
 
+def assume(equations: Sequence[Expr], rows: Rows) -> dict[int, Expr]:
+    """Adds equations to ``rows``; returns those that contradict it, with what is left of them."""
+    failing: dict[int, Expr] = {}
+    for place, equation in enumerate(equations):
+        reduced = substitute(equation, rows)
+        free = unknowns(reduced)
+        if free:
+            rows[free[0]] = _solved_for(free[0], reduced)
+        elif reduced:
+            failing[place] = reduced
+    return failing
+
+
 def _solved_for(pivot: int, equation: Expr) -> Expr:
     coefficient = equation[pivot]
     rest = {symbol: number for symbol, number in equation.items() if symbol != pivot}
@@ -125,8 +138,8 @@ def _departing(
     equations: Sequence[Expr], wishes: Mapping[int, Expr], weights: Sequence[float]
 ) -> list[int]:
     """Returns the unknowns that are not as wished for where the weighted distance is smallest."""
-    from scipy.optimize import linprog  # type: ignore[import-untyped]  # noqa: PLC0415
-    from scipy.sparse import coo_array  # type: ignore[import-untyped]  # noqa: PLC0415
+    from scipy.optimize import linprog  # type: ignore[import-untyped]
+    from scipy.sparse import coo_array  # type: ignore[import-untyped]
 
     count = len(weights)
     entries: list[tuple[int, int, float]] = []
@@ -165,3 +178,41 @@ def null_space(equations: Sequence[Expr], count: int) -> list[dict[int, Number]]
         for free, number in expr.items():
             basis[free][u] = number
     return list(basis.values())
+
+
+def sparser(vectors: Sequence[Mapping[int, Number]]) -> list[dict[int, Number]]:
+    """Returns vectors of the same span, some replaced by sums with others that are shorter."""
+    basis = [dict(vector) for vector in vectors]
+    holders: dict[int, set[int]] = {}
+    for i, vector in enumerate(basis):
+        for u in vector:
+            holders.setdefault(u, set()).add(i)
+    todo = list(range(len(basis)))
+    while todo:
+        i = todo.pop()
+        shorter = _shorter(basis, i, {j for u in basis[i] for j in holders[u]} - {i})
+        if shorter is not None:
+            for u in basis[i].keys() | shorter.keys():
+                (holders[u].add if u in shorter else holders[u].discard)(i)
+            basis[i] = shorter
+            todo.append(i)
+    return basis
+
+
+def _shorter(
+    basis: Sequence[dict[int, Number]], i: int, others: Collection[int]
+) -> dict[int, Number] | None:
+    """The shortest combination of vector ``i`` with another, if shorter than itself."""
+    best = None
+    for j in sorted(others):
+        for u in basis[i].keys() & basis[j].keys():
+            times = _exact(-basis[i][u], basis[j][u])
+            total = _sum(basis[i], basis[j], times)
+            if len(total) < len(best if best is not None else basis[i]):
+                best = total
+    return best
+
+
+def _sum(a: Mapping[int, Number], b: Mapping[int, Number], times: Number) -> dict[int, Number]:
+    keys = [*a, *(u for u in b if u not in a)]
+    return {u: n for u in keys if (n := a.get(u, 0) + times * b.get(u, 0))}

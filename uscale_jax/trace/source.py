@@ -30,7 +30,7 @@ class Source:
 
     def _user_frame(self) -> tuple[str, str, int] | None:
         own = [frame for frame in _jax.frames(self.info) if not _is_library(frame[0])]
-        if self.caller is None or self._traced_here(own):
+        if self.caller is None or (own and self._traced_here(own)):
             return own[0] if own else None
         return self.caller._user_frame() or (own[0] if own else None)
 
