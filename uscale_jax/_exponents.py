@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -12,7 +12,7 @@ from uscale_jax import _tree
 from uscale_jax._table import table
 from uscale_jax._types import Apply, Tree
 from uscale_jax.trace import affine, factors, keep, layout, scaling
-from uscale_jax.trace.factors import Cells
+from uscale_jax.trace.factors import Cells, System
 from uscale_jax.trace.tracing import Model, Traced, output_names, trace
 
 
@@ -43,15 +43,27 @@ class Obstacle:
 class Symmetry:
     """A rescaling that keeps the function."""
 
-    params: Tree
-    """Tree like the parameters: leaf p is multiplied by k**params[p], a float, or an array that
-    broadcasts against the leaf where parts of it (of a fused kernel, say) differ."""
-    words: str
-    """The leaves, or parts of them, that are not left alone, with their powers."""
+    powers: Mapping[str, float]
+    """The leaves, or parts of leaves such as ``'qkv[:, 0:7]'``, that are not left alone."""
+    leaves: Mapping[int, Any] = field(repr=False)
+    """The same by place in the flattened tree; arrays where parts of a leaf differ."""
+    treedef: Any = field(repr=False)
+    """The tree of the parameters."""
+
+    @property
+    def params(self) -> Tree:
+        """Return a tree like the parameters: leaf p is multiplied by k**params[p].
+
+        A float a leaf, or an array that broadcasts against the leaf where its parts differ.
+        """
+        places = range(self.treedef.num_leaves)
+        return jax.tree.unflatten(self.treedef, [self.leaves.get(i, 0.0) for i in places])
 
     def __str__(self) -> str:
-        """Return the words."""
-        return self.words
+        """Return ``w1 · k, w2 · k^-1``."""
+        return ", ".join(
+            f"{name} · k" + ("" if e == 1 else f"^{_number(e)}") for name, e in self.powers.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -222,16 +234,18 @@ def _value_scaling(traced: Traced) -> TracedExponents:
         if every.violations
         else Exponents(ones, jax.tree.unflatten(outputs, map(float, every.outputs))),
         obstacles=tuple(map(_obstacle, every.violations)),
-        symmetries=tuple(
-            Symmetry(_per_leaf(traced, cells, 0), _powers_of_k(vector, system))
-            for cells, vector in scaling.symmetries(system)
-        ),
+        symmetries=tuple(_symmetry(traced, system, v) for v in scaling.symmetries(system)),
     )
 
 
-def _powers_of_k(vector: Mapping[int, affine.Number], system: factors.System) -> str:
-    powers = [(system.names[u], float(n)) for u, n in vector.items()]
-    return ", ".join(f"{name} · k" + ("" if n == 1 else f"^{_number(n)}") for name, n in powers)
+def _symmetry(traced: Traced, system: System, vector: Mapping[int, affine.Number]) -> Symmetry:
+    powers = {system.names[u]: float(n) for u, n in vector.items()}
+    values = traced.structure.program.inputs
+    leaves = {
+        i: layout.spread(cells, traced.structure.of(values[i]), 0)
+        for i, cells in scaling.by_leaf(system, vector).items()
+    }
+    return Symmetry(powers, leaves, traced.treedef)
 
 
 def _obstacle(violation: scaling.Violation) -> Obstacle:

@@ -53,6 +53,8 @@ class System:
     requirements: list[Requirement] = field(default_factory=list)
     leaf_cells: list[Cells] = field(default_factory=list)
     """Of every parameter leaf, the unknowns of its cells."""
+    leaf_of: dict[int, int] = field(default_factory=dict)
+    """The place among the leaves of every unknown that is a parameter cell."""
     suggestions: dict[int, list[Expr]] = field(default_factory=dict)
     """What every use of a parameter cell would have it be."""
     kernels: set[int] = field(default_factory=set)
@@ -153,6 +155,7 @@ class _Walk:
         for place in np.ndindex(cells.shape):
             part = cell_name(dims, place, cells.shape)
             cells[place] = self.system.unknown(name + part) if value.scales else ZERO
+            self.system.leaf_of |= dict.fromkeys(cells[place], len(self.system.leaf_cells))
         self.system.leaf_cells.append(cells)
         self.known[id(value)] = cells
         self.views[id(value)] = value.scales

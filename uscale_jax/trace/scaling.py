@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from uscale_jax import _tree
@@ -80,24 +80,25 @@ def nearest(system: System, names: Sequence[str]) -> Nearest:
     )
 
 
-def symmetries(system: System) -> list[tuple[list[Cells], dict[int, Number]]]:
-    """Returns a basis of the rescalings that leave all outputs as they are.
-
-    Each is a list of exponents, per leaf and cell, and the same by unknown.
-    """
+def symmetries(system: System) -> list[dict[int, Number]]:
+    """Returns a basis of the rescalings that leave all outputs as they are, by parameter cell."""
     equations = [requirement.expr for requirement in system.requirements]
     equations += [cell for cells in system.outputs for cell in cells.flat if cell]
     basis = linear.null_space(equations, len(system.names))
     parameters = set(_parameters(system))
     vectors = [{u: n for u, n in vector.items() if u in parameters} for vector in basis]
-    return [
-        ([_numbers(cells, vector) for cells in system.leaf_cells], vector)
-        for vector in linear.sparser([vector for vector in vectors if vector])
-    ]
+    return linear.sparser([vector for vector in vectors if vector])
 
 
-def _numbers(cells: Cells, vector: dict[int, Number]) -> Cells:
-    return factors.each_cell(cells, lambda cell: sum(n * vector.get(u, 0) for u, n in cell.items()))
+def by_leaf(system: System, vector: Mapping[int, Number]) -> dict[int, Cells]:
+    """Returns exponents by cell for every leaf that has any."""
+    leaves = dict.fromkeys(system.leaf_of[u] for u in vector)
+    return {
+        i: factors.each_cell(
+            system.leaf_cells[i], lambda cell: sum(n * vector.get(u, 0) for u, n in cell.items())
+        )
+        for i in leaves
+    }
 
 
 def _parameters(system: System) -> Iterable[int]:
