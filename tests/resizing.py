@@ -111,31 +111,57 @@ def solve(small: Model, big: Model, inputs: Sequence[Any]) -> keep.Solution:
     return keep.solve(trace([small, big], inputs))
 
 
-def error(small: Model, big: Model, inputs: Sequence[Any], *, seed: int = 0) -> float:
-    """Grows random float64 parameters; the largest difference of outputs, relative to them."""
+class Prepared:
+    """A small model with random float64 parameters and their outputs, compiled once."""
+
+    def __init__(self, model: Model, inputs: Sequence[Any], seed: int = 0) -> None:
+        self.given = (*model, *inputs)
+        with jax.enable_x64(True):
+            self.inputs = as_double(tuple(inputs))
+            self.model = Model(model.apply, as_double(model.params))
+            self.params = random_params(self.model.params, seed)
+            self.run = compiled(model.apply, self.params, self.inputs)
+            self.outputs = self.run(self.params)
+        assert all(np.all(np.isfinite(out)) for out in self.outputs)
+
+
+def compiled(apply: Callable[..., Any], params: Any, inputs: Any) -> Callable[[Any], list[Any]]:
+    """A model's outputs as a function of parameters, compiled with little effort."""
+    program = jax.jit(apply).lower(params, *inputs)
+    run = program.compile(compiler_options={"xla_backend_optimization_level": 0})
+
+    def outputs(params: Any) -> list[Any]:
+        with jax.enable_x64(True):
+            return [np.asarray(leaf) for leaf in jax.tree.leaves(run(params, *inputs))]
+
+    return outputs
+
+
+def growth_error(small: Prepared, big: Model) -> float:
+    """The largest difference of the grown model's outputs, relative to them.
+
+    ValueError where the library refuses.
+    """
     with jax.enable_x64(True):
-        inputs = as_double(tuple(inputs))
-        models = [Model(m.apply, as_double(m.params)) for m in (small, big)]
-        solution = solve(*models, inputs)
-        params = random_params(models[0].params, seed)
-        larger = grown(solution, params)
-        expected = jax.tree.map(lambda leaf: leaf.shape, models[1].params)
-        assert jax.tree.map(lambda leaf: leaf.shape, larger) == expected
-        return difference(models[0].apply, params, models[1].apply, larger, inputs)
+        big = Model(big.apply, as_double(big.params))
+        larger = grown(solve(small.model, big, small.inputs), small.params)
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (larger, big.params)]
+        assert shapes[0] == shapes[1]
+        return difference(small.outputs, compiled(big.apply, larger, small.inputs)(larger))
 
 
-def difference(
-    apply: Callable[..., Any], params: Any, apply_big: Callable[..., Any], big: Any, inputs: Any
-) -> float:
-    """The largest difference of two models' outputs relative to the size of the outputs."""
-    old = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(apply)(params, *inputs))]
-    new = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(apply_big)(big, *inputs))]
+def error(small: Model, big: Model, inputs: Sequence[Any], *, seed: int = 0) -> float:
+    """The same for two models that are used once."""
+    return growth_error(Prepared(small, inputs, seed), big)
+
+
+def difference(old: Sequence[np.ndarray], new: Sequence[np.ndarray]) -> float:
+    """The largest difference of outputs relative to their size."""
     worst = 0.0
     for a, b in zip(old, new, strict=True):
         assert a.shape == b.shape
-        assert np.all(np.isfinite(a)), "the small model's outputs are not finite"
-        scale = float(np.max(np.abs(a))) if a.size else 0.0
-        worst = max(worst, float(np.max(np.abs(a - b))) / (scale or 1.0))
+        size = float(np.max(np.abs(a))) if a.size else 0.0
+        worst = max(worst, float(np.max(np.abs(a - b))) / (size or 1.0))
     return worst
 
 
@@ -150,6 +176,6 @@ def models(model: ZooModel, factors: dict[str, int]) -> tuple[Model, Model, tupl
     return Model(small.apply, small.params), Model(big.apply, big.params), small.inputs
 
 
-def growth_error(model: ZooModel, factors: dict[str, int]) -> float:
+def zoo_error(model: ZooModel, factors: dict[str, int]) -> float:
     """The error of a zoo model grown by ``factors``; ValueError where it is refused."""
     return error(*models(model, factors))

@@ -73,6 +73,7 @@ def log_of_constants(small: float, big: float, epsilon: float) -> Expr:
     ratio is taken for it, if none that simple would fit by chance.  Anything else is a symbol of
     its own.
     """
+    small, big = float(small), float(big)  # NumPy scalars divide in their own precision
     ratio = big / small
     for power in (1, 2, 4):
         for sign in (1, -1):
@@ -83,7 +84,8 @@ def log_of_constants(small: float, big: float, epsilon: float) -> Expr:
     complexity, simple, power = min(fitting)
     if complexity * 8 * power * epsilon < 0.5:
         return _root(simple, power)
-    return {f"~{math.log(ratio):.9g}": 1}
+    digits = max(9, round(-math.log10(epsilon)) - 2)  # two ratios that rounding tells apart
+    return {f"~{math.log(ratio):.{digits}g}": 1}
 
 
 def _integer(x: float, power: int, epsilon: float) -> int | None:

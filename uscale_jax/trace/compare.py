@@ -15,6 +15,7 @@ _NOT_COMPARED = frozenset(
         "shape",
         "new_sizes",
         "sizes",
+        "reps",
         "slice_sizes",
         "start_indices",
         "limit_indices",

@@ -146,6 +146,13 @@ def _expand(eqn: Equation) -> Labelled:
     return Labelled([[d for i, d in enumerate(result) if i not in new]], [result], LINEAR)
 
 
+def _tile(eqn: Equation) -> Labelled:
+    """Copies one after the other: the copies are a factor of the result in front of the operand."""
+    dims = labels(eqn.inputs[0])
+    copies = [fresh(size) for size in eqn.sizes("reps")]
+    return Labelled([dims], [[(*c, *d) for c, d in zip(copies, dims, strict=True)]], LINEAR)
+
+
 def _reshape(eqn: Equation) -> Description:
     if eqn.param("dimensions") is not None:
         return immovable(eqn, "a reshape with a permutation is applied", UNSCALED)
@@ -286,6 +293,7 @@ define(
     elementwise(UNSCALED),
 )
 define("broadcast_in_dim", _broadcast)
+define("tile", _tile)
 define("transpose", _transpose)
 define("squeeze", _squeeze)
 define("expand_dims", _expand)
