@@ -63,15 +63,16 @@ def grown(solution: keep.Solution, params: Any) -> Any:
     structure = solution.traced.structure
     out = []
     values = structure.program.inputs
-    for leaf, value, cells in zip(jax.tree.leaves(params), values, solution.cells, strict=False):
-        dims = structure.of(value)
-        if not leaf.ndim:
-            out.append(leaf * affine.factor(cells[()]) if value.scales else leaf)
-            continue
-        big = leaf[np.ix_(*(old_places(d, s) for d, s in zip(dims, value.shape, strict=True)))]
-        if value.scales:
+    for place, leaf in enumerate(jax.tree.leaves(params)):
+        big, cells = np.asarray(leaf), solution.cells[place]
+        dims, shape = structure.of(values[place]), values[place].shape
+        if leaf.ndim:
+            big = big[np.ix_(*(old_places(d, s) for d, s in zip(dims, shape, strict=True)))]
+        if values[place].scales:
             table = np.vectorize(affine.factor, otypes=[float])(cells)
-            big = big * table[np.ix_(*map(cell_numbers, dims))].astype(leaf.dtype)
+            factors = table[np.ix_(*map(cell_numbers, dims))] if leaf.ndim else table
+            shift = solution.system.shifts.get(place, 0.0)
+            big = ((big + shift) * factors - shift).astype(leaf.dtype)
         out.append(big)
     return jax.tree.unflatten(jax.tree.structure(params), out)
 

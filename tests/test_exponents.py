@@ -278,6 +278,53 @@ def test_tied_embeddings_put_the_factor_on_the_last_norm():
     assert halved | kept == {key for key, _ in named(growth.factors)}
 
 
+def gain_net(gain):
+    """A tied net whose last gain is ``gain(params, x)``."""
+
+    def apply(params, ids):
+        x = params["table"][ids]
+        x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.01)
+        return jnp.tanh(gain(params["gain"][None], x) @ params["table"].T)
+
+    shapes = lambda n: {"table": f32(11, n), "gain": f32(n)}  # noqa: E731
+    return apply, shapes
+
+
+@pytest.mark.parametrize(
+    ("gain", "shift"),
+    [
+        (lambda g, x: (1.0 + g) * x, 1.0),
+        (lambda g, x: (g + 0.5) * x, 0.5),
+        (lambda g, x: (g - 2.0) * x, -2.0),
+        (lambda g, x: (3.0 - g) * x, -3.0),
+        (lambda g, x: (1.0 + g.astype(x.dtype)) * x + (1.0 + g), 1.0),
+    ],
+)
+def test_a_leaf_that_is_read_as_c_plus_leaf_takes_the_factor_on_the_sum(gain, shift):
+    apply, shapes = gain_net(gain)
+    small, big = (tracing.Model(apply, shapes(n)) for n in (7, 21))
+    ids = np.array([1, 5, 4])
+    growth = us.trace_exponents(*small, ids, big=tuple(big))
+    assert growth.shifts == {"table": 0.0, "gain": shift}
+    assert growth.factors["gain"] == 1 / 3
+    assert f"1/3 on {shift:g} + leaf" in str(growth)
+    assert resizing.error(small, big, [ids]) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    "gain",
+    [
+        lambda g, x: (1.0 + g) * x + jnp.tanh(g),
+        lambda g, x: (1.0 + g) * (2.0 + g) * x,
+        lambda g, x: (1.0 + g * g) * x,
+    ],
+)
+def test_a_leaf_that_is_read_otherwise_too_takes_no_factor_on_a_sum(gain):
+    apply, shapes = gain_net(gain)
+    text = refusal(apply, shapes(7), shapes(21), np.array([1, 5, 4]))
+    assert "1 + gain" not in text
+
+
 def named(tree):
     return [
         ("/".join(str(k.key) for k in path), leaf)

@@ -11,8 +11,8 @@ import jax
 from uscale_jax import _tree
 from uscale_jax._table import table
 from uscale_jax._types import Apply, Tree
-from uscale_jax.trace import affine, factors, keep, layout, scaling
-from uscale_jax.trace.factors import Cells, System
+from uscale_jax.trace import affine, keep, layout, scaling
+from uscale_jax.trace.equations import Cells, System, each_cell
 from uscale_jax.trace.tracing import Model, Traced, output_names, trace
 
 
@@ -112,20 +112,28 @@ class GrowthExponents:
     factors: Tree
     """Tree like the parameters: a float a leaf, or an array that broadcasts against the big leaf
     where parts of it take different factors."""
+    shifts: Tree
+    """Tree like the parameters of floats: leaf p becomes f·(c + p) − c.  c is 0 but for leaves
+    that the program reads as c + p only, such as the gain 1 + p of some norms."""
     words: Tree
-    """The same as exact products of powers, such as ``'1/2'`` or ``'3^(-1/2)'``."""
+    """The factors as exact products of powers, such as ``'1/2'`` or ``'3^(-1/2)'``."""
     shapes: Tree
     """Tree like the parameters of ``(small, big)`` shapes."""
 
     def __str__(self) -> str:
         """Return a table of leaves, shapes and factors."""
         keys, words, _ = _tree.flatten_named(self.words)
+        words = [_on(f, c) for f, c in zip(words, jax.tree.leaves(self.shifts), strict=True)]
         shapes = jax.tree.leaves(self.shapes, is_leaf=_is_pair)
         rows = [
             (_tree.name(key), _times(small), _times(big), factor)
             for key, factor, (small, big) in zip(keys, words, shapes, strict=True)
         ]
         return table(("leaf", "small", "big", "factor"), rows)
+
+
+def _on(factor: str, shift: float) -> str:
+    return factor if factor == "1" or not shift else f"{factor} on {shift:g} + leaf"
 
 
 def _is_pair(node: Any) -> bool:
@@ -173,7 +181,8 @@ def trace_exponents(
     function.  Both programs are traced together, so constants that depend on sizes (the 1/n of a
     mean, the :math:`1/\sqrt{d}` of attention) count with what they differ by.  Of all solutions
     it is the one that departs least from what each use asks for: kernels take 1/r for a
-    contracted axis that grows r-fold, anything else 1.
+    contracted axis that grows r-fold, anything else 1.  A leaf that is only read as c + leaf takes
+    its factor with that sum.
 
     Args:
       apply: ``apply(params, *inputs)``, any pure function that JAX can trace.
@@ -269,10 +278,12 @@ def _growth(traced: Traced) -> GrowthExponents:
         tuple(zip(*value.shape, strict=True)) or ((), ())
         for value in traced.structure.program.inputs[: len(traced.leaves)]
     ]
-    numbers = [factors.each_cell(cells, affine.factor) for cells in solution.cells]
+    places = range(len(traced.leaves))
+    numbers = [each_cell(cells, affine.factor) for cells in solution.cells]
     words = [" | ".join(dict.fromkeys(_words(cells))) for cells in solution.cells]
     return GrowthExponents(
         _per_leaf(traced, numbers, -1),
+        jax.tree.unflatten(traced.treedef, [solution.system.shifts.get(i, 0.0) for i in places]),
         jax.tree.unflatten(traced.treedef, words),
         jax.tree.unflatten(traced.treedef, shapes),
     )

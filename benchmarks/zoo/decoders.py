@@ -339,10 +339,9 @@ MODELS = (
     _adapted("lora alpha", power=0.0),
     _adapted("rslora", power=0.5),
     _grouped("gemma untied", **_GEMMA),
-    # `width` is in neither: the last norm's ``1 + w`` must shrink, which no factor of ``w`` does
-    # (``w' = (1 + w) / c - 1`` does); untied, the readout takes the factor.
-    _grouped("gemma", unsaid=("width",), tied=True, **_GEMMA),
-    _grouped("gemma one key", _ONE_KEY, unsaid=("width",), tied=True, **_GEMMA),
+    # Tied, the last norm's ``1 + w`` takes a factor: ``w' = (1 + w) / c - 1``.
+    _grouped("gemma", tied=True, **_GEMMA),
+    _grouped("gemma one key", _ONE_KEY, tied=True, **_GEMMA),
     _partly(
         "deepseek",
         Latent,

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
 from uscale_jax.trace.affine import Expr
-from uscale_jax.trace.factors import Cells, Requirement, System
+from uscale_jax.trace.equations import Cells, Requirement, System, each_cell
 from uscale_jax.trace.sizes import check_sizes
 from uscale_jax.trace.tracing import Traced, output_names
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What every cell of every parameter leaf is multiplied by, as logarithms."""
+    """What every cell of every parameter leaf is multiplied by, as logarithms.
+
+    A leaf with a shift c, in ``system.shifts`` by its place, becomes f·(c + w) − c.
+    """
 
     traced: Traced
     system: System
@@ -34,7 +37,9 @@ def solve(traced: Traced) -> Solution:
         or equations contradict each other.
     """
     check_sizes(traced)
-    system = factors.build(traced.structure, [_tree.name(key) for key in traced.keys])
+    system = factors.build(
+        traced.structure, [_tree.name(key) for key in traced.keys], shifting=True
+    )
     wanted = [*system.requirements, *_same_outputs(traced, system)]
     try:
         found = linear.nearest(
@@ -43,8 +48,7 @@ def solve(traced: Traced) -> Solution:
     except linear.Clash as clash:
         raise ValueError(clash_text([wanted[i] for i in clash.members], system)) from None
     cells = [
-        factors.each_cell(cells, lambda cell: affine.total(cell, found))
-        for cells in system.leaf_cells
+        each_cell(cells, lambda cell: affine.total(cell, found)) for cells in system.leaf_cells
     ]
     return Solution(traced, system, cells)
 
@@ -68,9 +72,14 @@ def _same_outputs(traced: Traced, system: System) -> list[Requirement]:
     ]
 
 
+def _shifted(unknown: int, name: str, system: System) -> str:
+    shift = system.shifts.get(system.leaf_of[unknown])
+    return name if shift is None else f"{shift:g} + {name}"
+
+
 def clash_text(members: Iterable[Requirement], system: System) -> str:
     """Returns a set of contradicting equations in words."""
-    names = {u: name for u, name in enumerate(system.names) if name}
+    names = {u: _shifted(u, name, system) for u, name in enumerate(system.names) if name}
     lines = ["no factors keep the function: these contradict each other."]
     for expr, text, source in members:
         where = "" if source is None else f" at {source}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
 from uscale_jax.trace.affine import Expr, Number
-from uscale_jax.trace.factors import Cells, Requirement, System
+from uscale_jax.trace.equations import Cells, Requirement, System, each_cell
 from uscale_jax.trace.tracing import Traced
 
 K: Expr = {"k": 1}
@@ -94,7 +94,7 @@ def by_leaf(system: System, vector: Mapping[int, Number]) -> dict[int, Cells]:
     """Returns exponents by cell for every leaf that has any."""
     leaves = dict.fromkeys(system.leaf_of[u] for u in vector)
     return {
-        i: factors.each_cell(
+        i: each_cell(
             system.leaf_cells[i], lambda cell: sum(n * vector.get(u, 0) for u, n in cell.items())
         )
         for i in leaves
