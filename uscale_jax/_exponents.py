@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import jax
+import numpy as np
 
 from uscale_jax import _tree
 from uscale_jax._table import table
 from uscale_jax._types import Apply, Tree
 from uscale_jax.trace import affine, keep, layout, scaling
+from uscale_jax.trace.description import Dims
 from uscale_jax.trace.equations import Cells, System, each_cell
+from uscale_jax.trace.program import Value
 from uscale_jax.trace.tracing import Model, Traced, output_names, trace
 
 
@@ -117,27 +121,24 @@ class GrowthExponents:
     that the program reads as c + p only, such as the gain 1 + p of some norms."""
     words: Tree
     """The factors as exact products of powers, such as ``'1/2'`` or ``'3^(-1/2)'``."""
-    shapes: Tree
-    """Tree like the parameters of ``(small, big)`` shapes."""
+    small: Tree
+    """Tree of the small model's shapes, as ``jax.ShapeDtypeStruct``."""
+    big: Tree
+    """Tree of the big model's shapes."""
 
     def __str__(self) -> str:
         """Return a table of leaves, shapes and factors."""
         keys, words, _ = _tree.flatten_named(self.words)
-        words = [_on(f, c) for f, c in zip(words, jax.tree.leaves(self.shifts), strict=True)]
-        shapes = jax.tree.leaves(self.shapes, is_leaf=_is_pair)
+        shifts, small, big = map(jax.tree.leaves, (self.shifts, self.small, self.big))
         rows = [
-            (_tree.name(key), _times(small), _times(big), factor)
-            for key, factor, (small, big) in zip(keys, words, shapes, strict=True)
+            (_tree.name(key), _times(a.shape), _times(b.shape), _on(factor, shift))
+            for key, factor, shift, a, b in zip(keys, words, shifts, small, big, strict=True)
         ]
         return table(("leaf", "small", "big", "factor"), rows)
 
 
 def _on(factor: str, shift: float) -> str:
     return factor if factor == "1" or not shift else f"{factor} on {shift:g} + leaf"
-
-
-def _is_pair(node: Any) -> bool:
-    return isinstance(node, tuple) and len(node) == 2 and all(isinstance(n, tuple) for n in node)
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -274,20 +275,29 @@ def _per_leaf(traced: Traced, cells: Sequence[Cells], program: int) -> Tree:
 
 def _growth(traced: Traced) -> GrowthExponents:
     solution = keep.solve(traced)
-    shapes = [
-        tuple(zip(*value.shape, strict=True)) or ((), ())
-        for value in traced.structure.program.inputs[: len(traced.leaves)]
-    ]
-    places = range(len(traced.leaves))
-    numbers = [each_cell(cells, affine.factor) for cells in solution.cells]
-    words = [" | ".join(dict.fromkeys(_words(cells))) for cells in solution.cells]
+    tree = partial(jax.tree.unflatten, traced.treedef)
+    leaves = traced.structure.program.inputs[: len(traced.leaves)]
+    dims = map(traced.structure.of, leaves)
     return GrowthExponents(
-        _per_leaf(traced, numbers, -1),
-        jax.tree.unflatten(traced.treedef, [solution.system.shifts.get(i, 0.0) for i in places]),
-        jax.tree.unflatten(traced.treedef, words),
-        jax.tree.unflatten(traced.treedef, shapes),
+        factors=_per_leaf(traced, [each_cell(c, affine.factor) for c in solution.cells], -1),
+        shifts=tree([solution.system.shifts.get(i, 0.0) for i in range(len(leaves))]),
+        words=tree([_words(c, d) for c, d in zip(solution.cells, dims, strict=True)]),
+        small=tree([_shape(leaf, 0) for leaf in leaves]),
+        big=tree([_shape(leaf, -1) for leaf in leaves]),
     )
 
 
-def _words(cells: Cells) -> list[str]:
-    return [affine.words(cell, {}) for cell in cells.flat]
+def _shape(value: Value, program: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct([size[program] for size in value.shape], value.dtype)
+
+
+def _words(cells: Cells, dims: Dims) -> str:
+    """The factor of a leaf; where its parts differ, of those that take any."""
+    words = each_cell(cells, lambda cell: affine.words(cell, {}))
+    if all(word == words.flat[0] for word in words.flat):
+        return str(words.flat[0])
+    return ", ".join(
+        f"{words[place]} on {layout.cell_name(dims, place, cells.shape, -1)}"
+        for place in np.ndindex(cells.shape)
+        if words[place] != "1"
+    )

@@ -44,15 +44,15 @@ def spread(cells: np.ndarray[Any, Any], dims: Dims, program: int) -> Any:
     return cells[np.ix_(*index)].astype(float)
 
 
-def cell_name(dims: Dims, place: Sequence[int], counts: Sequence[int]) -> str:
+def cell_name(dims: Dims, place: Sequence[int], counts: Sequence[int], program: int = 0) -> str:
     """Returns ``[:, 5:9]`` for the cell at ``place``; nothing for the only one of a leaf."""
     if all(n == 1 for n in counts):
         return ""
     parts = zip(dims, place, counts, strict=True)
-    return "[" + ", ".join(":" if n == 1 else _run(dim, i, n) for dim, i, n in parts) + "]"
+    return "[" + ", ".join(":" if n == 1 else _run(dim, i, n, program) for dim, i, n in parts) + "]"
 
 
-def _run(dim: Dim, cell: int, count: int) -> str:
-    inside = np.flatnonzero(cell_of_place(dim, 0) == cell)
+def _run(dim: Dim, cell: int, count: int, program: int) -> str:
+    inside = np.flatnonzero(cell_of_place(dim, program) == cell)
     start, stop = int(inside[0]), int(inside[-1]) + 1
     return f"{start}:{stop}" if stop - start == len(inside) else f"part {cell + 1} of {count}"
