@@ -52,3 +52,21 @@ def test_staged_functions_run_concretely_in_the_middle_of_a_trace(wrap):
     np.testing.assert_array_equal(shifted, np.full(3, 6.0))
     traced = wrap in (jax.jit, jax.vmap)  # then lr has become a one
     np.testing.assert_array_equal(scaled, np.full(3, 5.0 if traced else 35.0))
+
+
+def test_operands_of_a_scan_are_counted():
+    def fun(w, start, xs):
+        return jax.lax.scan(lambda c, x: (c @ w + x, None), start, xs)[0]
+
+    closed, _ = _jax.closed_jaxpr(fun, jnp.ones((3, 3)), jnp.ones(3), jnp.ones((4, 3)))
+    [scan] = [eqn for eqn in closed.jaxpr.eqns if _jax.primitive_name(eqn) == "scan"]
+    assert _jax.scan_counts(scan.params) == (1, 1)
+
+
+def test_calls_keep_their_programs_where_they_are_looked_for():
+    functions = [jax.jit(jnp.sin), jax.checkpoint(jnp.sin), jax.nn.relu, jax.nn.silu]
+    for fun in functions:
+        closed, _ = _jax.closed_jaxpr(fun, jnp.float32(2.0))
+        for eqn in closed.jaxpr.eqns:
+            body = eqn.params[_jax.CALLS[_jax.primitive_name(eqn)]]
+            assert isinstance(body, _jax.Jaxpr | _jax.ClosedJaxpr)

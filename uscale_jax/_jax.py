@@ -6,7 +6,7 @@ and is exercised by ``tests/test_jax_contact.py`` on every JAX release the proje
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from operator import attrgetter
@@ -14,7 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, primitives
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import jaxpr_as_fun, primitives
 
 
 def is_traced(x: Any) -> bool:
@@ -107,6 +111,33 @@ def primitive_name(eqn: JaxprEqn) -> str:
     """
     own = id(eqn.primitive) in _own_primitives(len(sys.modules))
     return eqn.primitive.name if own else f"{eqn.primitive.name} (not JAX's own)"
+
+
+# Parameter under which a primitive that calls a program keeps it.  JAX 0.8 to 0.12; the first
+# names of those that were renamed are what older programs, and some packages, still use.
+CALLS = {
+    "call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "composite": "jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many of a scan's operands are constants, and how many are carried."""
+    if "num_consts" in params:  # JAX 0.8 to 0.10
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(constants), len(carried)
 
 
 def frames(eqn_source: Any) -> list[tuple[str, str, int]]:

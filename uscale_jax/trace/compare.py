@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # Parameters that are sizes, or say how and where to compute, not what.
 _NOT_COMPARED = frozenset(
@@ -43,6 +44,8 @@ _NOT_COMPARED = frozenset(
         "jvp_jaxpr_fun",
         "jvp_jaxpr_thunk",
         "bwd",
+        "ft_in",
+        "ft_out",
         "fwd",
         "fwd_jaxpr_thunk",
         "out_trees",
@@ -64,13 +67,32 @@ _NOT_COMPARED = frozenset(
 )
 
 
+_ADVICE = (
+    "Expected: the same operations in the same order. Fix: build both models from one "
+    "definition, avoid Python branches on sizes (such as `if heads == kv_heads`), and give "
+    "`jnp.einsum` of three or more arrays an `optimize=` path of its own, because it else "
+    "chooses one by the sizes."
+)
+
+
 def same_params(eqns: Sequence[JaxprEqn | None]) -> bool:
     """Returns whether equations of one primitive agree in every parameter that is no size."""
     first, *others = eqns
     return all(
-        first is not None and other is not None and _agree(first.params, other.params)
+        first is not None
+        and other is not None
+        and len(first.invars) == len(other.invars)
+        and same_kinds(first.outvars, other.outvars)
+        and len(first.params.get("branches", ())) == len(other.params.get("branches", ()))
+        and _agree(first.params, other.params)
         for other in others
     )
+
+
+def same_kinds(variables: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Returns whether variables of two programs agree in number, rank and dtype."""
+    kinds = [[(len(v.aval.shape), v.aval.dtype) for v in side] for side in (variables, others)]
+    return kinds[0] == kinds[1]
 
 
 def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -87,23 +109,30 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def structure_error(
-    eqns: Sequence[JaxprEqn | None], names: Sequence[str | None], sources: Sequence[Any]
+    eqns: Sequence[JaxprEqn | None],
+    names: Sequence[str | None],
+    sources: Sequence[Any],
+    rewired: Sequence[int] = (),
 ) -> ValueError:
-    """Returns the refusal for the first place where two programs differ in more than sizes."""
-    lines = ["the two models are different programs, not one program at two sizes."]
+    """Returns the refusal for the first place where two programs differ in more than sizes.
+
+    ``rewired`` are the operands that are other values in the one than in the other.
+    """
+    lines: list[str] = []
     for which, eqn, name, source in zip(("small", "big"), eqns, names, sources, strict=True):
         lines.append(f"  {which}: " + (_describe(eqn, name, source) if eqn else "ends here"))
     if names[0] == names[-1] and eqns[0] is not None and eqns[-1] is not None:
         a, b = eqns[0].params, eqns[-1].params
         keys = [k for k in a if k not in _NOT_COMPARED and not _equal(a[k], b.get(k))]
         lines += [f"  {key}: {a[key]} (small), {b.get(key)} (big)" for key in keys]
-    lines.append(
-        "Expected: the same operations in the same order. Fix: build both models from one "
-        "definition, avoid Python branches on sizes (such as `if heads == kv_heads`), and give "
-        "`jnp.einsum` of three or more arrays an `optimize=` path of its own, because it else "
-        "chooses one by the sizes."
-    )
-    return ValueError("\n".join(lines))
+    lines += [f"  operand {i} comes from elsewhere in the big one" for i in rewired]
+    return different(lines)
+
+
+def different(lines: Sequence[str]) -> ValueError:
+    """Returns the refusal of two programs that differ in more than sizes; ``lines`` say how."""
+    first = "the two models are different programs, not one program at two sizes."
+    return ValueError("\n".join([first, *lines, _ADVICE]))
 
 
 def _describe(eqn: JaxprEqn, name: str | None, source: Any) -> str:

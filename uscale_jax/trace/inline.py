@@ -17,31 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-
 from uscale_jax import _jax
+from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from uscale_jax.trace import folding
-from uscale_jax.trace.compare import same_params, structure_error
+from uscale_jax.trace.compare import different, same_kinds, same_params, structure_error
 from uscale_jax.trace.program import Equation, Program, Value, constant, value_of, without_dead_code
 from uscale_jax.trace.rewrite import REWRITES
 from uscale_jax.trace.source import Source
-
-# Where a call keeps the program it calls.
-_CALLS = {
-    "call": "call_jaxpr",
-    "closed_call": "call_jaxpr",
-    "composite": "jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vmap_call": "call",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
 
 Env = dict[Any, Value]
 
@@ -80,6 +62,8 @@ class _Builder:
     ) -> list[Value]:
         """Inlines jaxprs with constants on ``args``; returns their outputs."""
         jaxprs = [c.jaxpr for c in closed]
+        if not all(same_kinds(jaxprs[0].constvars, j.constvars) for j in jaxprs):
+            raise different(["  the functions close over different arrays"])
         consts = [
             self._captured(arrays, [v.aval for v in vs])
             for arrays, vs in zip(
@@ -105,9 +89,9 @@ class _Builder:
         source: Source | None,
         called: str | None = None,
     ) -> list[Value]:
-        """Inlines jaxprs; the variables of the first one name the values of all."""
-        first = jaxprs[0]
-        env: Env = dict(zip([*first.constvars, *first.invars], [*consts, *args], strict=True))
+        """Inlines jaxprs, whose variables must stand for the same values in all."""
+        values = [*consts, *args]
+        envs = [dict(zip([*j.constvars, *j.invars], values, strict=True)) for j in jaxprs]
         for i in range(max(len(j.eqns) for j in jaxprs)):
             eqns = [j.eqns[i] if i < len(j.eqns) else None for j in jaxprs]
             infos = [eqn and Source(eqn.source_info, source, called) for eqn in eqns]
@@ -115,30 +99,48 @@ class _Builder:
             if len(set(names)) > 1 or not same_params(eqns):
                 raise structure_error(eqns, names, infos)
             present = [eqn for eqn in eqns if eqn is not None]
-            self._equation(_jax.primitive_name(present[0]), present, env, infos[0])
-        return [self._read(env, [j.outvars[i] for j in jaxprs]) for i in range(len(first.outvars))]
+            found = self._read(envs, [eqn.invars for eqn in present])
+            rewired = [place for place, value in enumerate(found) if value is None]
+            if rewired:
+                raise structure_error(eqns, names, infos, rewired)
+            operands = [value for value in found if value is not None]
+            name = _jax.primitive_name(present[0])
+            outputs = self._equation(name, present, operands, infos[0])
+            for env, eqn in zip(envs, present, strict=True):
+                env.update(zip(eqn.outvars, outputs, strict=True))
+        results = self._read(envs, [j.outvars for j in jaxprs])
+        if None in results:
+            what = f"  result {results.index(None)} comes from elsewhere in the big one"
+            raise different([what if source is None else f"{what}, in the call at {source}"])
+        return [value for value in results if value is not None]
 
-    def _read(self, env: Env, atoms: Sequence[Any]) -> Value:
-        if isinstance(atoms[0], Literal):
+    def _read(self, envs: Sequence[Env], columns: Sequence[Sequence[Any]]) -> list[Value | None]:
+        """Returns the values of variables, None where programs mean different ones."""
+        return [self._value(envs, atoms) for atoms in zip(*columns, strict=True)]
+
+    def _value(self, envs: Sequence[Env], atoms: Sequence[Any]) -> Value | None:
+        literals = [isinstance(atom, Literal) for atom in atoms]
+        if all(literals):
             return constant([a.val for a in atoms], [a.aval for a in atoms])
-        return env[atoms[0]]
+        if any(literals):
+            return None
+        first, *others = (env[atom] for env, atom in zip(envs, atoms, strict=True))
+        return first if all(other is first for other in others) else None
 
-    def _equation(self, name: str, eqns: Sequence[JaxprEqn], env: Env, source: Any) -> None:
-        atoms = zip(*(eqn.invars for eqn in eqns), strict=True)
-        args = [self._read(env, column) for column in atoms]
-        if name in _CALLS:
-            outputs = self._call(name, eqns, args, source)
-        elif name in _CONTROL:
-            outputs = _CONTROL[name](self, eqns, args, source)
-        else:
-            avals = zip(*([v.aval for v in eqn.outvars] for eqn in eqns), strict=True)
-            outputs = self.emit(name, [e.params for e in eqns], args, list(avals), source)
-        env.update(zip(eqns[0].outvars, outputs, strict=True))
+    def _equation(
+        self, name: str, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Any
+    ) -> list[Value]:
+        if name in _jax.CALLS:
+            return self._call(name, eqns, args, source)
+        if name in _CONTROL:
+            return _CONTROL[name](self, eqns, args, source)
+        avals = zip(*([v.aval for v in eqn.outvars] for eqn in eqns), strict=True)
+        return self.emit(name, [e.params for e in eqns], args, list(avals), source)
 
     def _call(
         self, name: str, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
     ) -> list[Value]:
-        bodies = [eqn.params[_CALLS[name]] for eqn in eqns]
+        bodies = [eqn.params[_jax.CALLS[name]] for eqn in eqns]
         called = eqns[0].params.get("name") if name in ("jit", "pjit") else None
         if isinstance(bodies[0], ClosedJaxpr):
             return self.closed(bodies, args, source, called)
@@ -209,7 +211,7 @@ def _scan(
     build: _Builder, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
 ) -> list[Value]:
     bodies = _column(eqns, "jaxpr")
-    n, c = eqns[0].params["num_consts"], eqns[0].params["num_carry"]
+    n, c = _jax.scan_counts(eqns[0].params)
     params = [{"length": eqn.params["length"]} for eqn in eqns]
     carried = _enter(build, args[n : n + c], bodies, n, source)
     slices = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from uscale_jax import _jax, _tree
 from uscale_jax._types import Apply, Key, Tree
@@ -56,6 +57,8 @@ def output_names(outputs: Tree) -> list[str]:
 
 
 def _shape(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.eval_shape(lambda: jax.numpy.asarray(leaf))
