@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from uscale_jax.trace import contractions, indexing, loops, primitives
+from uscale_jax.trace import contractions, indexing, linear_algebra, loops, primitives
 from uscale_jax.trace.atoms import Reason, fix, fresh, mark_read, unify
 from uscale_jax.trace.description import Blocks, Description, Dims, Labelled, Regrouped
 from uscale_jax.trace.program import Equation, Program, Value, numbers, same_numbers
 from uscale_jax.trace.source import Source
 
 # Imported for the rules they define.
-_RULES = (contractions, indexing, loops)
+_RULES = (contractions, indexing, linear_algebra, loops)
 
 
 class Structure:

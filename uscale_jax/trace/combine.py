@@ -194,6 +194,7 @@ class Labels:
 def _powers(walk: Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]) -> Cell:
     if len(scale.powers) == 1 and cells[0] is None:
         return None if scale.powers[0] else ZERO  # 0**0 is 1
+    _unscaled(walk, eqn, scale, [cells[i] for i in scale.bare], scales)
     total = ZERO
     for cell, power in zip(cells, scale.powers, strict=False):
         if cell:

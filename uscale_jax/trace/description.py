@@ -49,6 +49,8 @@ class Scale:
     kind: Kind
     powers: tuple[float, ...] = ()
     """For ``POWERS``: one a operand, 0 for operands beyond."""
+    bare: tuple[int, ...] = ()
+    """For ``POWERS``: the operands that must carry no factor."""
 
 
 LINEAR = Scale(Kind.POWERS, (1,))

@@ -250,6 +250,18 @@ def _cond(
     return outputs
 
 
+def _linear_solve(
+    build: _Builder, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
+) -> list[Value]:
+    """A solution is what the user's solver computes, from its constants and the right side."""
+    lengths = eqns[0].params["const_lengths"]
+    before = lengths.matvec + lengths.vecmat
+    constants = args[before : before + lengths.solve]
+    right = args[sum(lengths) :]
+    bodies = [jaxprs.solve for jaxprs in _column(eqns, "jaxprs")]
+    return build.closed(bodies, [*constants, *right], source)
+
+
 def _shard_map(
     build: _Builder, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
 ) -> list[Value]:
@@ -274,6 +286,7 @@ _Control = Callable[[_Builder, Sequence[JaxprEqn], Sequence[Value], Source], lis
 
 _CONTROL: dict[str, _Control] = {
     "cond": _cond,
+    "custom_linear_solve": _linear_solve,
     "scan": _scan,
     "shard_map": _shard_map,
     "while": _while,
