@@ -1,0 +1,1 @@
+"""Small models of other packages, to try the tracer on code that nobody here wrote."""
