@@ -80,8 +80,9 @@ def log_of_constants(small: float, big: float, epsilon: float) -> Expr:
             whole = [_integer(x, sign * power, epsilon) for x in (small, big)]
             if None not in whole:
                 return _root(Fraction(whole[1], whole[0]), sign * power)  # type: ignore[arg-type]
-    fitting = [(*_simplest(ratio**power, 8 * power * epsilon), power) for power in (1, 2, 4)]
-    complexity, simple, power = min(fitting)
+    powers = [power for power in (1, 2, 4) if power * abs(math.log(ratio)) < 600]
+    fitting = [(*_simplest(ratio**power, 8 * power * epsilon), power) for power in powers]
+    complexity, simple, power = min(fitting, default=(math.inf, Fraction(1), 1))
     if complexity * 8 * power * epsilon < 0.5:
         return _root(simple, power)
     digits = max(9, round(-math.log10(epsilon)) - 2)  # two ratios that rounding tells apart

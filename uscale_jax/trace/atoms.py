@@ -152,28 +152,37 @@ def unify(left: Dim, right: Dim, source: Source | None) -> None:
     Where no row-major structure fits both, everything that is left on either side becomes fixed
     and opaque: never wrong, only cautious.
     """
-    rest_left, rest_right = list(reversed(resolve(left))), list(reversed(resolve(right)))
-    while rest_left and rest_right:
-        a, b = rest_left[-1], rest_right[-1]
+    rest_left, rest_right = list(resolve(left)), list(resolve(right))
+    for end in (_FRONT, _BACK):
+        _unify_from(end, rest_left, rest_right, source)
+    if rest_left or rest_right:
+        _clash(tuple(rest_left), tuple(rest_right), source)
+
+
+_FRONT, _BACK = 0, -1
+
+
+def _unify_from(end: int, left: list[Atom], right: list[Atom], source: Source | None) -> None:
+    """Takes off both what fits, beginning at one end."""
+    while left and right:
+        a, b = left[end], right[end]
         if a is b or a.size == b.size:
-            rest_left.pop(), rest_right.pop()
+            left.pop(end), right.pop(end)
             _merge(a, b, source)
         elif not (
-            (_divides(b.size, a.size) and _split(a, b, source))
-            or (_divides(a.size, b.size) and _split(b, a, source))
+            (_divides(b.size, a.size) and _split(a, b, end, source))
+            or (_divides(a.size, b.size) and _split(b, a, end, source))
         ):
-            break
-        rest_left = _again(rest_left)
-        rest_right = _again(rest_right)
-    if rest_left or rest_right:
-        _clash(tuple(reversed(rest_left)), tuple(reversed(rest_right)), source)
+            return
+        for rest in (left, right):
+            _resolve_at(end, rest)
 
 
-def _again(rest: list[Atom]) -> list[Atom]:
-    """Resolves the next atom of a reversed list: the last step may have bound it."""
-    if rest and (rest[-1].parent is not None or rest[-1].product is not None):
-        return [*rest[:-1], *reversed(resolve((rest[-1],)))]
-    return rest
+def _resolve_at(end: int, rest: list[Atom]) -> None:
+    """Resolves the next atom: the last step may have bound it."""
+    if rest and (rest[end].parent is not None or rest[end].product is not None):
+        found = resolve((rest.pop(end),))
+        rest[:] = [*found, *rest] if end == _FRONT else [*rest, *found]
 
 
 def _divides(small: Size, big: Size) -> bool:
@@ -205,30 +214,31 @@ def _merge(a: Atom, b: Atom, source: Source | None) -> None:
         _align(list(a.parts), list(parts), source)
 
 
-def _split(whole: Atom, head: Atom, source: Source | None) -> bool:
-    """Makes ``whole`` the product of ``head`` and a rest; False where its parts forbid it."""
-    rest = fresh(_quotient(whole.size, head.size))
-    if whole.parts is None:
-        whole.product = (head, *rest)
-        _inherit(whole.product, whole)
-        return True
-    return _distribute(whole, head, rest, source)
+def _split(whole: Atom, factor: Atom, end: int, source: Source | None) -> bool:
+    """Makes ``whole`` a product with ``factor`` at one end; False where its parts forbid it."""
+    rest = fresh(_quotient(whole.size, factor.size))
+    head, tail = ((factor,), rest) if end == _FRONT else (rest, (factor,))
+    if whole.parts is not None:
+        return _distribute(whole, head, tail, source)
+    whole.product = (*head, *tail)
+    _inherit(whole.product, whole)
+    return True
 
 
-def _distribute(whole: Atom, head: Atom, rest: Dim, source: Source | None) -> bool:
-    """``(x | y) = head * rest`` where rest divides x and y: then ``head = (x/rest | y/rest)``."""
+def _distribute(whole: Atom, head: Dim, tail: Dim, source: Source | None) -> bool:
+    """``(x | y) = head * tail`` where tail divides x and y: then ``head = (x/tail | y/tail)``."""
     assert whole.parts is not None
     programs = len(whole.size)
-    tail = times((atom.size for atom in rest), programs)
+    size = dim_size(tail, programs)
     sizes = [dim_size(part, programs) for part in whole.parts]
-    if not all(_divides(tail, size) for size in sizes):
+    if not all(_divides(size, part) for part in sizes):
         return False
-    heads = [fresh(_quotient(size, tail)) for size in sizes]
+    heads = [fresh(_quotient(part, size)) for part in sizes]
     parts, whole.parts = whole.parts, None
-    whole.product = (head, *rest)
-    unify((head,), sum_of(heads, head.size), source)
+    whole.product = (*head, *tail)
+    unify(head, sum_of(heads, dim_size(head, programs)), source)
     for part, its_head in zip(parts, heads, strict=True):
-        unify(part, (*its_head, *rest), source)
+        unify(part, (*its_head, *tail), source)
     _inherit(whole.product, whole)
     return True
 
@@ -292,8 +302,10 @@ def alternatives(dim: Dim) -> int:
 
 
 def is_opaque(dim: Dim) -> bool:
-    """Returns whether the structure of a dimension is not to be trusted."""
-    return any(atom.opaque for atom in resolve(dim))
+    """Returns whether the structure of a dimension, or of a part of it, is not to be trusted."""
+    return any(
+        atom.opaque or any(is_opaque(part) for part in atom.parts or ()) for atom in resolve(dim)
+    )
 
 
 def monomials(dim: Dim) -> list[tuple[Atom, ...]]:

@@ -49,8 +49,10 @@ class Walk(Protocol):
         """Require that expressions agree; return one of them."""
         ...
 
-    def collapse(self, cells: Cells, eqn: Equation) -> Cell:
-        """Join all cells of a value."""
+    def collapse(
+        self, cells: Cells, held: Sequence[bool], text: str, source: Source | None
+    ) -> Cells:
+        """Join cells along the axes that are held."""
         ...
 
     def is_shift(self, eqn: Equation) -> bool:
@@ -76,7 +78,6 @@ class Labels:
         self.frame = list({id(a): a for dims in templates for dim in dims for a in dim}.values())
         self.place = {id(atom): i for i, atom in enumerate(self.frame)}
         self.counts = [alternatives((atom,)) for atom in self.frame]
-        self.opaque = [is_opaque((atom,)) for atom in self.frame]
 
     def results(self) -> list[Cells]:
         """Returns the cells of every output."""
@@ -99,19 +100,33 @@ class Labels:
         cells = self.walk.cells(value, self.eqn.source)
         if value.uniform is not None and self.walk.is_shift(self.eqn):
             cells = one_cell(None, value.ndim)
+        if cells.size == 1:
+            return one_cell(cells.flat[0], len(self.frame))
+        held = [is_opaque(dim) for dim in template]
+        cells = self.walk.collapse(cells, held, self._mixes(), self.eqn.source)
+        expected = [
+            1 if hold else alternatives(dim) for dim, hold in zip(template, held, strict=True)
+        ]
         atoms = [self.place[id(atom)] for dim in template for atom in dim]
-        if cells.size == 1 or any(self.opaque[i] for i in atoms):
-            return one_cell(self.walk.collapse(cells, self.eqn), len(self.frame))
-        expected = [alternatives(dim) for dim in template]
-        spread = np.broadcast_to(cells, expected).reshape([self.counts[i] for i in atoms])
+        spread = np.broadcast_to(cells, expected).reshape(self._counts(template, held))
         return self._placed(spread, atoms)
 
+    def _counts(self, dims: Dims, held: Sequence[bool]) -> list[int]:
+        """Cells along every atom of some dimensions, 1 for those of a held one."""
+        return [
+            1 if hold else self.counts[self.place[id(atom)]]
+            for dim, hold in zip(dims, held, strict=True)
+            for atom in dim
+        ]
+
+    def _mixes(self) -> str:
+        return f"`{self.eqn.name}` mixes parts of a dimension, which must agree"
+
     def _placed(self, cells: Cells, atoms: Sequence[int]) -> Cells:
-        order = np.argsort(atoms, kind="stable")
         shape = [1] * len(self.frame)
-        for i in atoms:
-            shape[i] = self.counts[i]
-        return cells.transpose(order).reshape(shape)
+        for i, n in zip(atoms, cells.shape, strict=True):
+            shape[i] = n
+        return cells.transpose(np.argsort(atoms, kind="stable")).reshape(shape)
 
     def _combined(self, operands: list[Cells], combine: Callable[..., Cell]) -> Cells:
         shape = np.broadcast_shapes(*(cells.shape for cells in operands)) if operands else ()
@@ -127,19 +142,20 @@ class Labels:
 
     def _reduced(self, cells: Cells, result: Dims) -> Cells:
         """Drops the atoms that a result does not have, and lays the others out as it does."""
+        held = [is_opaque(dim) for dim in result]
         kept = [self.place[id(atom)] for dim in result for atom in dim]
-        if any(self.opaque[i] for i in kept):
-            cells = one_cell(self.walk.collapse(cells, self.eqn), len(self.frame))
+        lost = {self.place[id(a)] for d, hold in zip(result, held, strict=True) if hold for a in d}
         dropped = [i for i in range(len(self.frame)) if i not in kept]
         cells = self._joined(self._added(cells), dropped)
+        mixed = [i in lost for i in range(len(self.frame))]
+        cells = self.walk.collapse(cells, mixed, self._mixes(), self.eqn.source)
         cells = cells.transpose([*kept, *dropped]).reshape([cells.shape[i] for i in kept])
-        return self._by_dimension(cells, kept, result)
-
-    def _by_dimension(self, cells: Cells, kept: Sequence[int], result: Dims) -> Cells:
         if cells.size == 1:
             return one_cell(cells.flat[0], len(result))
-        spread = np.broadcast_to(cells, [self.counts[i] for i in kept])
-        return spread.reshape([alternatives(dim) for dim in result])
+        spread = np.broadcast_to(cells, self._counts(result, held))
+        return spread.reshape(
+            [1 if h else alternatives(d) for d, h in zip(result, held, strict=True)]
+        )
 
     def _added(self, cells: Cells) -> Cells:
         """Adding up over an axis that grows r-fold multiplies by r."""
@@ -159,17 +175,9 @@ class Labels:
         return cells
 
     def _joined(self, cells: Cells, dropped: Sequence[int]) -> Cells:
-        if all(cells.shape[i] == 1 for i in dropped):
-            return cells
-        shape = [1 if i in dropped else n for i, n in enumerate(cells.shape)]
-        out = np.empty(shape, object)
+        held = [i in dropped for i in range(cells.ndim)]
         text = f"`{self.eqn.name}` reduces over parts of a dimension, which must agree"
-        for place in np.ndindex(*shape):
-            box = tuple(
-                slice(None) if i in dropped else slice(p, p + 1) for i, p in enumerate(place)
-            )
-            out[place] = self.walk.join(cells[box].flat, text, self.eqn.source)
-        return out
+        return self.walk.collapse(cells, held, text, self.eqn.source)
 
     def _suggest(self, operands: list[Cells]) -> None:
         """Notes what a parameter used here would be, seen from here alone.

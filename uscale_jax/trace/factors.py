@@ -9,6 +9,7 @@ which equations must hold for the function to be the same.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -184,45 +185,85 @@ class _Walk:
                 self.system.require(plus(cell, chosen, -1), text, source)
         return chosen
 
-    def collapse(self, cells: Cells, eqn: Equation) -> Cell:
-        """Joins all cells of a value whose structure an equation cannot follow."""
-        text = f"`{eqn.name}` mixes parts of a dimension, which must agree"
-        return self.join(cells.flat, text, eqn.source)
+    def collapse(
+        self, cells: Cells, held: Sequence[bool], text: str, source: Source | None
+    ) -> Cells:
+        """Joins cells along the axes that are held; those have length 1 then."""
+        if all(n == 1 for n, hold in zip(cells.shape, held, strict=True) if hold):
+            return cells
+        out = np.empty([1 if h else n for n, h in zip(cells.shape, held, strict=True)], object)
+        for place in np.ndindex(out.shape):
+            pairs = zip(place, held, strict=True)
+            box = tuple(slice(None) if hold else slice(i, i + 1) for i, hold in pairs)
+            out[place] = self.join(cells[box].flat, text, source)
+        return out
 
     def _regrouped(self, eqn: Equation, what: Regrouped) -> Cells:
-        operand = [dim for group in what.operand for dim in group]
-        result = [dim for group in what.result for dim in group]
+        """Cells go from group to group; those of a group that cannot be followed are joined."""
+        held_in, held_out, full, counts = [], [], [], []
+        for left, right in zip(what.operand, what.result, strict=True):
+            before, after = list(map(alternatives, left)), list(map(alternatives, right))
+            lost = any(map(is_opaque, (*left, *right))) or math.prod(before) != math.prod(after)
+            held_in += [lost] * len(left)
+            held_out += [lost] * len(right)
+            full += before
+            counts += after
         cells = self.cells(eqn.inputs[0], eqn.source)
-        counts = [alternatives(dim) for dim in result]
-        full = [alternatives(dim) for dim in operand]
         if cells.size == 1:
-            return one_cell(cells.flat[0], len(result))
-        if any(map(is_opaque, (*operand, *result))) or np.prod(full) != np.prod(counts):
-            return one_cell(self.collapse(cells, eqn), len(result))
-        return np.broadcast_to(cells, full).reshape(counts)
+            return one_cell(cells.flat[0], len(counts))
+        cells = self.collapse(cells, held_in, _mixes(eqn), eqn.source)
+        spread = np.broadcast_to(cells, _unless(held_in, full))
+        return spread.reshape(_unless(held_out, counts))
 
     def _blocks(self, eqn: Equation, what: Blocks) -> list[Cells]:
-        if any(map(is_opaque, what.whole)):
-            return self._mixed(eqn, what)
-        spans = [list(itertools.accumulate(map(alternatives, p), initial=0)) for p in what.parts]
-        boxes = [
-            tuple(slice(span[i], span[i + 1]) for span, i in zip(spans, block.part, strict=True))
-            for block in what.blocks
+        held = [
+            any(map(is_opaque, (dim, *parts))) or alternatives(dim) != sum(map(alternatives, parts))
+            for dim, parts in zip(what.whole, what.parts, strict=True)
         ]
-        full = [span[-1] for span in spans]
-        if not what.pasted:
-            whole = np.broadcast_to(self.cells(eqn.inputs[0], eqn.source), full)
-            return [whole[box] for box in boxes]
-        whole = np.empty(full, object)
+        spans = [list(itertools.accumulate(map(alternatives, p), initial=0)) for p in what.parts]
+        boxes = [_box(block.part, spans, held) for block in what.blocks]
+        full = _unless(held, [span[-1] for span in spans])
+        if what.pasted:
+            return [self._pasted(eqn, what, boxes, full, held)]
+        cells = self.cells(eqn.inputs[0], eqn.source)
+        whole = np.broadcast_to(self.collapse(cells, held, _mixes(eqn), eqn.source), full)
+        return [whole[box] for box in boxes]
+
+    def _pasted(
+        self,
+        eqn: Equation,
+        what: Blocks,
+        boxes: Sequence[tuple[slice, ...]],
+        full: Sequence[int],
+        held: Sequence[bool],
+    ) -> Cells:
+        """Cells of the operands side by side; those that come to lie on others are joined."""
+        text, whole = _mixes(eqn), np.empty(full, object)
+        taken = np.zeros(full, bool)
         if what.filler:
             whole[...] = self.cells(eqn.inputs[-1], eqn.source).flat[0]
+            taken[...] = any(held)
         for box, value in zip(boxes, eqn.inputs, strict=False):
-            whole[box] = self.cells(value, eqn.source)
-        return [whole]
+            cells = self.collapse(self.cells(value, eqn.source), held, text, eqn.source)
+            spread = np.broadcast_to(cells, whole[box].shape)
+            for place in np.ndindex(spread.shape):
+                at = tuple(s.start + i for s, i in zip(box, place, strict=True))
+                both: list[Any] = [whole[at], spread[place]] if taken[at] else [spread[place]]
+                whole[at] = self.join(both, text, eqn.source)
+            taken[box] = True
+        return whole
 
-    def _mixed(self, eqn: Equation, what: Blocks) -> list[Cells]:
-        """All operands' cells joined, for a whole whose structure is not to be trusted."""
-        cells = [cell for value in eqn.inputs for cell in self.cells(value, eqn.source).flat]
-        text = f"`{eqn.name}` mixes parts of a dimension, which must agree"
-        joined = self.join(cells, text, eqn.source)
-        return [one_cell(joined, value.ndim) for value in eqn.outputs]
+
+def _mixes(eqn: Equation) -> str:
+    return f"`{eqn.name}` mixes parts of a dimension, which must agree"
+
+
+def _unless(held: Sequence[bool], counts: Sequence[int]) -> list[int]:
+    return [1 if hold else n for hold, n in zip(held, counts, strict=True)]
+
+
+def _box(
+    part: Sequence[int], spans: Sequence[Sequence[int]], held: Sequence[bool]
+) -> tuple[slice, ...]:
+    columns = zip(part, spans, held, strict=True)
+    return tuple(slice(0, 1) if hold else slice(span[i], span[i + 1]) for i, span, hold in columns)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from uscale_jax.trace.program import Equation
+from uscale_jax.trace.program import Equation, is_empty, nothing
 
 _Fold = Callable[..., Any]
 
@@ -73,7 +73,6 @@ _LAYOUT = frozenset(
         "device_put",
         "optimization_barrier",
         "pvary",
-        "reduce_precision",
         "loop_slice",
         "loop_stack",
         "shard",
@@ -86,7 +85,11 @@ def fold(eqn: Equation) -> list[tuple[Any, ...] | None]:
     """Returns the uniform value of every output per program, None where it is not known."""
     known = [v.uniform for v in eqn.inputs]
     unknown = [None] * len(eqn.outputs)
-    if not known or known[0] is None or eqn.name in ("loop_enter", "loop_close"):
+    if eqn.name in ("loop_enter", "loop_close"):
+        return [*unknown]
+    if all(map(is_empty, eqn.outputs)):
+        return [nothing(value, len(eqn.params)) for value in eqn.outputs]
+    if not known or known[0] is None or any(map(is_empty, eqn.inputs)):
         return [*unknown]
     if eqn.name in _LAYOUT:
         return [_cast(known[0], eqn)]
@@ -102,12 +105,18 @@ def fold(eqn: Equation) -> list[tuple[Any, ...] | None]:
 
 def _rule(eqn: Equation) -> _Fold | None:
     if eqn.name == "integer_pow":
-        return lambda x: np.power(np.asarray(x, np.float64), eqn.param("y"))
+        return lambda x: _integer_power(np.asarray(x), eqn.param("y"))
     if eqn.name == "div":
         return _divide if eqn.outputs[0].scales else _divide_integers
     if eqn.name == "select_n":
         return lambda which, *cases: cases[int(which)]
     return _ARITHMETIC.get(eqn.name)
+
+
+def _integer_power(x: np.ndarray[Any, Any], y: int) -> Any:
+    """In the widest dtype of its kind: integers, floating or complex numbers."""
+    whole = np.issubdtype(x.dtype, np.integer)
+    return np.power(x.astype(np.int64 if whole else np.result_type(x.dtype, np.float64)), y)
 
 
 def _divide(a: Any, b: Any) -> Any:

@@ -153,9 +153,8 @@ def _tile(eqn: Equation) -> Labelled:
     return Labelled([dims], [[(*c, *d) for c, d in zip(copies, dims, strict=True)]], LINEAR)
 
 
-def _reshape(eqn: Equation) -> Description:
-    if eqn.param("dimensions") is not None:
-        return immovable(eqn, "a reshape with a permutation is applied", UNSCALED)
+def _reshape(eqn: Equation) -> Regrouped:
+    """Reshapes that permute are rewritten before (``uscale_jax.trace.rewrite``)."""
     operand, result = eqn.inputs[0].shape, eqn.outputs[0].shape
     groups = _groups(operand, result, len(eqn.params))
     return Regrouped(

@@ -129,7 +129,7 @@ def same_numbers(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 
 
 def without_dead_code(program: Program) -> Program:
-    """Returns the program with only the equations that its outputs depend on."""
+    """Returns the program with only the equations and arrays that its outputs depend on."""
     producer = {id(v): eqn for eqn in program.equations for v in eqn.outputs}
     live: set[int] = set()
     todo = [producer[id(v)] for v in program.outputs if id(v) in producer]
@@ -140,9 +140,23 @@ def without_dead_code(program: Program) -> Program:
             todo += [producer[id(v)] for v in eqn.inputs if id(v) in producer]
             todo += eqn.needs
     kept = [eqn for eqn in program.equations if id(eqn) in live]
-    return replace(program, equations=kept)
+    used = {id(v) for values in (program.outputs, *(e.inputs for e in kept)) for v in values}
+    captured = tuple(value for value in program.captured if id(value) in used)
+    return replace(program, equations=kept, captured=captured)
 
 
 def is_scalar_like(value: Value) -> bool:
     """Returns whether a value has one element in every program."""
     return all(map(ones, value.shape))
+
+
+def is_empty(value: Value) -> bool:
+    """Returns whether a value has no elements in any program."""
+    return any(not any(size) for size in value.shape)
+
+
+def nothing(value: Value, count: int) -> tuple[Any, ...] | None:
+    """Returns what a value without elements is, which any number is; None for one with some."""
+    if not is_empty(value) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return None
+    return (np.zeros((), value.dtype)[()],) * count

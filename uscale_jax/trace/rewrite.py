@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
-from uscale_jax.trace.program import Value
+from uscale_jax.trace.program import Value, is_empty, nothing, value_of
 from uscale_jax.trace.source import Source
 
 Avals = Sequence[Sequence[Any]]
@@ -53,6 +53,59 @@ def _stack(
         shapes = [[*s[:axis], 1, *s[axis:]] for s in _shapes(arg, len(params))]
         pieces.append(_reshape(emit, arg, shapes, avals[0], source))
     return emit("concatenate", [{"dimension": axis}] * len(params), pieces, avals, source)
+
+
+def _unstack(
+    emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
+) -> list[Value]:
+    axis = params[0]["axis"]
+    shapes = [[*s[:axis], 1, *s[axis + 1 :]] for s in _shapes(args[0], len(params))]
+    cut = [{"sizes": (1,) * len(avals), "axis": axis}] * len(params)
+    pieces = emit("split", cut, args, [_like(aval, shapes) for aval in avals], source)
+    return [
+        _reshape(emit, piece, [a.shape for a in aval], aval, source)
+        for piece, aval in zip(pieces, avals, strict=True)
+    ]
+
+
+def _concatenate(
+    emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
+) -> list[Value] | None:
+    """Without operands that have no elements."""
+    full = [arg for arg in args if not is_empty(arg)]
+    if len(full) == len(args) or not full:
+        return None
+    return full if len(full) == 1 else emit("concatenate", params, full, avals, source)
+
+
+def _split(
+    emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
+) -> list[Value] | None:
+    """Without results that have no elements."""
+    results = [value_of(aval) for aval in avals]
+    full = [i for i, result in enumerate(results) if not is_empty(result)]
+    if len(full) == len(results) or not full:
+        return None
+    cut = [{**p, "sizes": tuple(p["sizes"][i] for i in full)} for p in params]
+    pieces = emit("split", cut, args, [avals[i] for i in full], source) if full[1:] else [*args]
+    for result in results:
+        result.uniform = nothing(result, len(params))
+    for i, piece in zip(full, pieces, strict=True):
+        results[i] = piece
+    return results
+
+
+def _permuting_reshape(
+    emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
+) -> list[Value] | None:
+    """A reshape that first permutes dimensions: a transposition, and a reshape."""
+    order = params[0]["dimensions"]
+    if order is None:
+        return None
+    shapes = [[s[i] for i in order] for s in _shapes(args[0], len(params))]
+    moved = [{"permutation": tuple(order)}] * len(params)
+    value = emit("transpose", moved, args, [_like(avals[0], shapes)], source)[0]
+    return [_reshape(emit, value, [a.shape for a in avals[0]], avals[0], source)]
 
 
 def _dynamic_slice(
@@ -118,7 +171,11 @@ def _inside(
 Rewrite = Callable[..., "list[Value] | None"]
 
 REWRITES: dict[str, Rewrite] = {
+    "concatenate": _concatenate,
     "dynamic_slice": _dynamic_slice,
+    "reshape": _permuting_reshape,
     "slice": _strided_slice,
+    "split": _split,
     "stack": _stack,
+    "unstack": _unstack,
 }
