@@ -1,0 +1,526 @@
+"""Flat programs: what is inlined, folded, dropped and rewritten, and which pairs are refused."""
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core.primitives import closed_call_p
+from jax.sharding import Mesh, PartitionSpec
+
+import uscale_jax as us
+from uscale_jax import _jax
+from uscale_jax.trace.inline import program
+from uscale_jax.trace.program import Equation, Program
+from uscale_jax.trace.tracing import Model, trace
+
+ROWS = Path(__file__).read_text().splitlines()
+
+
+def line(mark: str) -> str:
+    """Where in this file a line with a mark at its end is."""
+    (number,) = [i for i, row in enumerate(ROWS, 1) if row.endswith(f"# line: {mark}")]
+    return f"{Path(__file__).name}:{number}"
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def flat(fun: Any, *shapes: Any) -> Program:
+    return program([_jax.closed_jaxpr(fun, *shapes)[0]])
+
+
+def names(fun: Any, *shapes: Any) -> list[str]:
+    return [eqn.name for eqn in flat(fun, *shapes).equations]
+
+
+def only(fun: Any, *shapes: Any) -> Equation:
+    """The one equation of a function."""
+    (eqn,) = flat(fun, *shapes).equations
+    return eqn
+
+
+# Calls.
+
+
+@jax.custom_jvp
+def jvp_helper(x):
+    return jnp.sin(x) * 2
+
+
+jvp_helper.defjvp(lambda x, t: (jvp_helper(*x), t[0]))
+
+
+@jax.custom_vjp
+def vjp_helper(x):
+    return jnp.sin(x) * 2
+
+
+vjp_helper.defvjp(lambda x: (vjp_helper(x), None), lambda _, g: (g,))
+
+
+@jax.custom_batching.custom_vmap
+def vmap_helper(x):
+    return jnp.sin(x) * 2
+
+
+vmap_helper.def_vmap(lambda _, batched, x: (vmap_helper(x), batched[0]))
+
+
+@jax.jit
+def jit_helper(x):
+    return jnp.sin(x) * 2
+
+
+CALLS = {
+    "jit": jit_helper,
+    "nested jit": jax.jit(lambda x: jit_helper(jax.jit(jnp.negative)(x)) * -1),
+    "remat": jax.checkpoint(lambda x: jnp.sin(x) * 2),
+    "remat of jit": jax.checkpoint(jit_helper),
+    "custom_jvp": jvp_helper,
+    "custom_vjp": vjp_helper,
+    "custom_vmap": vmap_helper,
+    "composite": lax.composite(lambda x: jnp.sin(x) * 2, "ours.helper"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_are_inlined_with_values_of_their_own(call):
+    """One helper on two sizes that are equal by accident: two axes, not one."""
+    helper = CALLS[call]
+
+    def apply(params):
+        return helper(params["a"]).sum(), helper(params["b"]).sum()
+
+    eqns = flat(apply, {"a": f32(5), "b": f32(5)}).equations
+    assert Counter(eqn.name for eqn in eqns)["sin"] == 2
+    assert not {eqn.name for eqn in eqns} & {"jit", "pjit", "remat2", "checkpoint"}
+    outputs = [id(value) for eqn in eqns for value in eqn.outputs]
+    assert len(set(outputs)) == len(outputs)
+    axes = us.trace_axes(apply, {"a": f32(5), "b": f32(5)})
+    assert [axis.places for axis in axes.free] == [(("a", 0),), (("b", 0),)]
+
+
+def test_closed_calls_are_inlined():
+    """No public function leaves one in a program, so one is put there by hand."""
+    closed = jax.make_jaxpr(jit_helper)(f32(5))
+    (eqn,) = closed.jaxpr.eqns
+    if _jax.CALLS.get(closed_call_p.name) != "call_jaxpr":
+        pytest.skip("releases of JAX without closed calls")
+    call = eqn.replace(primitive=closed_call_p, params={"call_jaxpr": eqn.params["jaxpr"]})
+    by_hand = closed.replace(jaxpr=closed.jaxpr.replace(eqns=[call]))
+    assert [e.name for e in program([by_hand]).equations] == ["sin", "mul"]
+
+
+def block(params, x):
+    h = jax.nn.silu(x @ params["w1"] + params["b"][None])
+    q, k = jnp.split(h @ params["qk"], 2, axis=-1)
+    p = jax.nn.softmax(jnp.einsum("sd,td->st", q, k) / jnp.sqrt(jnp.float32(q.shape[-1])))
+    return p @ (h - h.mean(-1, keepdims=True)) @ params["w2"]
+
+
+BLOCK = {"w1": f32(5, 14), "b": f32(14), "qk": f32(14, 22), "w2": f32(14, 3)}
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.jit(f))])
+def test_wrapping_changes_nothing(wrap):
+    plain, wrapped = flat(block, BLOCK, f32(4, 5)), flat(wrap(block), BLOCK, f32(4, 5))
+    assert [eqn.name for eqn in plain.equations] == [eqn.name for eqn in wrapped.equations]
+    for a, b in zip(plain.equations, wrapped.equations, strict=True):
+        assert [v.shape for v in a.inputs + a.outputs] == [v.shape for v in b.inputs + b.outputs]
+        assert [v.uniform for v in a.inputs] == [v.uniform for v in b.inputs]
+    axes = [us.trace_axes(f, BLOCK, f32(4, 5)) for f in (block, wrap(block))]
+    assert str(axes[0]) == str(axes[1])
+    assert len(axes[0].free) == 2
+
+
+def test_arrays_closed_over_are_one_value_however_often_used():
+    table = np.arange(5.0, dtype=np.float32)
+    found = flat(lambda x: x * table + table, f32(5))
+    (value,) = found.captured
+    assert [e.inputs[1] for e in found.equations] == [value, value]
+    np.testing.assert_array_equal(value.captured[0], table)
+
+
+# Loops and branches.
+
+
+def test_scans_become_four_equations():
+    def fun(xs):
+        return lax.scan(lambda c, x: (c + x, jnp.sin(c)), jnp.zeros(6), xs)
+
+    found = flat(fun, f32(4, 6))
+    assert [e.name for e in found.equations] == [
+        *("loop_enter", "loop_slice", "add", "sin", "loop_close", "loop_stack")
+    ]
+    enter, cut, add, _, close, stack = found.equations
+    assert add.inputs == (enter.outputs[0], cut.outputs[0])
+    assert close.inputs == (enter.outputs[0], add.outputs[0])
+    assert found.outputs == (close.outputs[0], stack.outputs[0])
+    assert cut.number("length") == (4,)
+
+
+def test_while_loops_close_on_their_predicate():
+    def fun(x):
+        return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 2), (0, x))[1]
+
+    found = flat(fun, f32(6)).equations
+    assert Counter(e.name for e in found) == Counter(
+        {"loop_enter": 2, "loop_close": 2, "lt": 1, "add": 1, "mul": 1}
+    )
+    (predicate,) = [e.outputs[0] for e in found if e.name == "lt"]
+    assert all(e.inputs[2:] == (predicate,) for e in found if e.name == "loop_close")
+
+
+def test_counted_loops_carry_what_they_change():
+    assert names(lambda x: lax.fori_loop(0, 3, lambda _, c: c * 2, x), f32(6)) == [
+        *("loop_enter", "mul", "loop_close")
+    ]
+
+
+def test_branches_become_a_selection():
+    def fun(x, i):
+        return lax.switch(i, [jnp.sin, jnp.cos, jnp.tanh], x)
+
+    *_, select = flat(fun, f32(6), jax.ShapeDtypeStruct((), jnp.int32)).equations
+    assert select.name == "select_n"
+    producers = {id(e.outputs[0]): e.name for e in flat(fun, f32(6), 0).equations}
+    assert len(producers) >= 4
+    assert [v.shape for v in select.inputs] == [(), *[((6,),)] * 3]
+
+
+def test_branches_of_a_known_index_are_taken():
+    assert names(lambda x: lax.cond(jnp.bool_(True), jnp.sin, jnp.cos, x), f32(6)) == ["sin"]
+
+
+def test_sharded_bodies_are_inlined_between_shards():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    spec = PartitionSpec("d")
+    fun = jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec)
+    shard, sin, unshard = flat(fun, f32(4, 6)).equations
+    assert [e.name for e in (shard, sin, unshard)] == ["shard", "sin", "unshard"]
+    assert sin.inputs[0].shape == ((2,), (6,))
+    assert shard.param("shards") == unshard.param("shards") == [2, 1]
+
+
+# Dead code.
+
+
+def test_what_no_output_needs_is_dropped():
+    assert names(lambda x: (jnp.sort(x), x * 2)[1], f32(6)) == ["mul"]
+    assert names(lambda x: (lax.scan(lambda c, y: (c, y), x[0], x), x * 2)[1], f32(4, 6)) == ["mul"]
+
+
+def test_arrays_that_only_dead_code_reads_are_dropped():
+    table = np.arange(6, dtype=np.float32)
+    assert not flat(lambda x: ((x * table).sum(), x * 2)[1], f32(6)).captured
+
+
+def test_what_a_loop_carries_for_nothing_is_dropped():
+    def fun(xs):
+        step = lambda c, x: ((c[0] + x, jnp.sort(c[1])), jnp.cumsum(x))  # noqa: E731
+        return lax.scan(step, (jnp.zeros(6), xs[0]), xs)[0][0]
+
+    assert names(fun, f32(4, 6)) == ["loop_enter", "loop_slice", "add", "loop_close"]
+
+
+def test_what_a_loop_carries_for_another_is_kept():
+    def fun(xs):
+        step = lambda c, x: ((c[0] + c[1], c[1] * x), None)  # noqa: E731
+        return lax.scan(step, (jnp.zeros(6), xs[0]), xs)[0][0]
+
+    assert Counter(names(fun, f32(4, 6)))["loop_close"] == 2
+
+
+# Constants.
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_divisor_of_a_variance_is_a_number(ddof):
+    eqns = flat(lambda x: jnp.var(x, axis=-1, ddof=ddof), f32(4, 6)).equations
+    assert "select_n" not in [e.name for e in eqns]
+    assert eqns[-1].name == "div"
+    assert eqns[-1].inputs[1].uniform == (6 - ddof,)
+
+
+X = jnp.float32(0.37)
+FOLDED = {
+    "sqrt": lambda: jnp.sqrt(jnp.float32(24)),
+    "rsqrt": lambda: lax.rsqrt(jnp.float32(24)),
+    "pow": lambda: lax.pow(jnp.float32(24), jnp.float32(-0.25)),
+    "integer_pow": lambda: lax.integer_pow(X, -3),
+    "power of a complex number": lambda: lax.abs(lax.integer_pow(jnp.complex64(2j), 3)),
+    "power of an integer": lambda: lax.integer_pow(jnp.int32(7), 12).astype(jnp.float32),
+    "cbrt": lambda: lax.cbrt(X),
+    "log": lambda: jnp.log(X) + jnp.log1p(X) + jnp.exp(X) + jnp.expm1(X) + lax.exp2(X),
+    "trigonometry": lambda: jnp.sin(X) + jnp.cos(X) + jnp.tanh(X),
+    "rounding": lambda: jnp.floor(X * 10) + jnp.ceil(X * 10) + jnp.sign(-X) + jnp.abs(-X),
+    "where": lambda: jnp.where(jnp.float32(5) - 1 > 0, X, jnp.nan),
+    "logic": lambda: jnp.where(~((X > 1) | (X <= 0)) & (X != 2), X, 2 * X),
+    "max": lambda: jnp.maximum(X, 1) * jnp.minimum(X, 1) - lax.square(X),
+    "finite": lambda: jnp.where(jnp.isfinite(X / 0), X, 3 * X),
+    "integers": lambda: lax.div(jnp.int32(-7), jnp.int32(2)).astype(jnp.float32),
+    "moved": lambda: jnp.full((3, 4), X).T.reshape(12)[2],
+    "reduced": lambda: jnp.full((3, 4), X).max(0)[1],
+    "narrow": lambda: X.astype(jnp.bfloat16).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_constants_are_what_jax_computes(name):
+    constant = FOLDED[name]
+    eqn = only(lambda x: x * constant(), f32())
+    np.testing.assert_allclose(eqn.inputs[1].uniform[0], constant(), rtol=3e-7)
+
+
+def test_rounding_of_constants_is_not_taken_for_a_move():
+    assert "reduce_precision" in names(lambda x: x * lax.reduce_precision(X, 4, 2), f32())
+
+
+def test_sums_of_constants_are_not_folded_as_if_they_moved():
+    assert "reduce_sum" in names(lambda x: x * jnp.full((3,), X).sum(), f32())
+
+
+# Equations said in simpler ones.
+
+
+@pytest.mark.parametrize("start", [-30, -3, -1, 0, 2, 9, 30])
+def test_known_starts_are_clamped_as_jax_clamps_them(start):
+    expected = lax.dynamic_slice(np.arange(10.0), (start,), (4,))
+    eqn = only(lambda x: lax.dynamic_slice(x, (start,), (4,)), f32(10))
+    assert eqn.name == "slice"
+    assert eqn.param("start_indices") == (expected[0],)
+    assert eqn.param("limit_indices") == (expected[-1] + 1,)
+
+
+@pytest.mark.parametrize("index", [-4, -1, 0, 3, jnp.int32(-2)])
+def test_known_places_are_slices(index):
+    cut = flat(lambda x: x[index], f32(4, 6)).equations[0]
+    assert cut.name == "slice"
+    assert cut.param("start_indices") == (int(index) % 4, 0)
+
+
+def test_an_unknown_start_is_looked_up():
+    assert names(lambda x, i: lax.dynamic_slice(x, (i,), (4,)), f32(10), 0)[-1] == "dynamic_slice"
+
+
+def moved(found: Program, x: np.ndarray) -> np.ndarray:
+    """Runs a program that only lays elements out in another way."""
+    run = {
+        "reshape": lambda p, a: a.reshape(p["new_sizes"]),
+        "broadcast_in_dim": lambda p, a: a.reshape(p["shape"]),  # of ones, as older stacks do
+        "slice": lambda p, a: a[
+            tuple(map(slice, p["start_indices"], p["limit_indices"], p["strides"] or [1] * a.ndim))
+        ],
+        "concatenate": lambda p, *a: np.concatenate(a, p["dimension"]),
+    }
+    known = {id(found.inputs[0]): x}
+    for eqn in found.equations:
+        operands = [known[id(v)] for v in eqn.inputs]
+        known[id(eqn.outputs[0])] = run[eqn.name](eqn.params[0], *operands)
+    return known[id(found.outputs[0])]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_stacks_are_concatenations(axis):
+    """Of halves of the rows, so that nothing but layout is in the program."""
+    x = np.arange(24).reshape(4, 6)
+    found = flat(lambda x: jnp.stack([x[:2], x[2:]], axis=axis), f32(4, 6))
+    assert "stack" not in {e.name for e in found.equations}
+    np.testing.assert_array_equal(moved(found, x), np.stack([x[:2], x[2:]], axis=axis))
+
+
+CUTS = [np.s_[:, 1::3], np.s_[::2, 1::2], np.s_[:, :5:2], np.s_[1:3, ::3]]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_steps_that_divide_are_slices_of_a_reshape(cut):
+    x = np.arange(24).reshape(4, 6)
+    found = flat(lambda x: lax.slice(x, *bounds(cut)), f32(4, 6))
+    assert [e.name for e in found.equations] == ["reshape", "slice", "reshape"]
+    assert found.equations[1].param("strides") is None
+    np.testing.assert_array_equal(moved(found, x), x[cut])
+
+
+@pytest.mark.parametrize("cut", [np.s_[:, ::4], np.s_[:, 3::2], np.s_[:, :4:2], np.s_[::3, ::2]])
+def test_steps_that_do_not_go_from_end_to_end_stay(cut):
+    x = np.arange(24).reshape(4, 6)
+    found = flat(lambda x: lax.slice(x, *bounds(cut)), f32(4, 6))
+    assert [e.name for e in found.equations] == ["slice"]
+    np.testing.assert_array_equal(moved(found, x), x[cut])
+
+
+def test_unstacked_arrays_are_split():
+    found = flat(lambda x: jnp.concatenate(jnp.unstack(x, axis=1)), f32(4, 3, 2))
+    assert "unstack" not in {e.name for e in found.equations}
+    assert found.outputs[0].shape == ((12,), (2,))
+    axes = us.trace_axes(lambda p: [part.sum() for part in jnp.unstack(p, axis=1)], f32(4, 3, 2))
+    assert "fixed" not in str(axes)
+
+
+def test_what_has_no_elements_leaves_no_trace():
+    """As rotary embeddings of whole heads cut it off, and empty caches put it on."""
+    assert names(lambda x: jnp.concatenate([x[:, :0], x, x[:, 6:]], axis=1) * 2, f32(4, 6)) == [
+        "mul"
+    ]
+    assert names(lambda x: lax.split(x, (0, 2, 4), axis=1)[1:], f32(4, 6)) == ["split"]
+    assert names(lambda x: lax.split(x, (6, 0), axis=1)[0] * 2, f32(4, 6)) == ["mul"]
+    assert names(lambda x: x[:, :0].sum() + x, f32(4, 6)) == ["reduce_sum", "add"]
+    ((dim,),) = us.trace_axes(lambda p: (p * jnp.r_[p[:0], p]).sum(), f32(6)).leaves.values()
+    assert str(dim) == "a"
+
+
+def bounds(cut: tuple[slice, slice]) -> tuple[list[int], ...]:
+    """Starts, stops and steps within (4, 6)."""
+    found = zip(*(c.indices(n) for c, n in zip(cut, (4, 6), strict=True)), strict=True)
+    return tuple(map(list, found))
+
+
+# Two programs in step.
+
+
+def test_two_programs_share_values_with_a_size_each():
+    shapes = [({"w": f32(5, n)}, f32(2, 5)) for n in (6, 12)]
+    fun = lambda p, x: jnp.tanh(x @ p["w"])[:, : p["w"].shape[1] // 2].sum(1)  # noqa: E731
+    both = program([_jax.closed_jaxpr(fun, *s)[0] for s in shapes])
+    assert both.count == 2
+    assert both.inputs[0].shape == ((5, 5), (6, 12))
+    (cut,) = [e for e in both.equations if e.name == "slice"]
+    assert cut.sizes("limit_indices") == ((2, 2), (3, 6))
+    one = flat(fun, *shapes[0])
+    assert [e.name for e in one.equations] == [e.name for e in both.equations]
+
+
+def test_constants_have_a_value_each():
+    fun = lambda x: x.sum() / x.shape[0]  # noqa: E731
+    both = program([_jax.closed_jaxpr(fun, f32(n))[0] for n in (6, 12)])
+    assert both.equations[-1].inputs[1].uniform == (6, 12)
+
+
+def refusal(small: Any, big: Any, *, sizes: tuple[Any, Any] = (f32(4), f32(8))) -> str:
+    models = [Model(f, {"w": size}) for f, size in zip((small, big), sizes, strict=True)]
+    with pytest.raises(ValueError, match="Expected|expected") as caught:
+        trace(models, ())
+    return str(caught.value)
+
+
+def small_tanh(p):
+    return jnp.tanh(p["w"]).sum()  # line: small
+
+
+def big_sin(p):
+    return jnp.sin(p["w"]).sum()  # line: big
+
+
+def test_other_operations_are_refused_with_both_lines():
+    lines = refusal(small_tanh, big_sin).splitlines()
+    assert lines[0] == "the two models are different programs, not one program at two sizes."
+    assert lines[1].startswith("  small: `tanh` of float32[4] at ")
+    assert lines[1].endswith(line("small"))
+    assert lines[2].startswith("  big: `sin` of float32[8] at ")
+    assert lines[2].endswith(line("big"))
+    assert "build both models from one definition" in lines[-1]
+
+
+def test_other_parameters_of_an_operation_are_refused_by_name():
+    text = refusal(lambda p: (p["w"] ** 3).sum(), lambda p: (p["w"] ** 5).sum())
+    assert "`integer_pow`" in text
+    assert "\n  y: 3 (small), 5 (big)\n" in text
+
+
+def test_differences_inside_calls_and_loops_are_found():
+    def loop(body):
+        step = lambda _, c: jax.jit(body)(c)  # noqa: E731
+        return lambda p: lax.fori_loop(0, 3, step, p["w"]).sum()
+
+    text = refusal(loop(jnp.sin), loop(jnp.cos))
+    assert "small: `sin`" in text
+    assert "big: `cos`" in text
+
+
+def test_the_same_operations_on_other_operands_are_refused():
+    """The order of the operations is the same, but not what goes into them."""
+    sizes = [{"a": f32(n), "b": f32(n)} for n in (4, 8)]
+
+    def refused(small, big):
+        with pytest.raises(ValueError, match="different programs") as caught:
+            trace([Model(f, size) for f, size in zip((small, big), sizes, strict=True)], ())
+        return str(caught.value)
+
+    def difference(first, second):
+        return lambda p: (p[first] - p[second]).sum()
+
+    text = refused(difference("a", "b"), difference("b", "a"))
+    assert "`sub` of float32[8], float32[8]" in text
+    assert "  operand 0 comes from elsewhere in the big one\n  operand 1 comes" in text
+    assert "operand 0" in refused(lambda p: p["a"].sum(), lambda p: p["b"].sum())
+    assert "operand 1" in refused(lambda p: (p["a"] * 2).sum(), lambda p: (p["a"] * p["a"]).sum())
+    both = lambda p: (p["a"].sum(), p["b"].sum())  # noqa: E731
+    assert "result 0 comes from elsewhere" in refused(both, lambda p: both(p)[::-1])
+
+
+COUNTS = {
+    "operands": [lambda w, n=n: jnp.concatenate([w] * n).sum() for n in (2, 3)],
+    "arrays": [
+        lambda w: (w * np.arange(4, dtype=np.float32)).sum(),
+        lambda w: (w * 2).sum(),
+    ],
+    "ranks": [lambda w, s=s: w.reshape(s).sum() for s in ((2, 2), (2, 2, 2))],
+    "branches": [
+        lambda w, n=n: lax.switch(w.sum().astype(int), [jnp.sin, jnp.cos, jnp.tan][:n], w).sum()
+        for n in (2, 3)
+    ],
+    "carries": [
+        lambda w: lax.fori_loop(0, 3, lambda _, c: c * 2, w).sum(),
+        lambda w: lax.fori_loop(0, 3, lambda _, c: (c[0] * 2, c[1]), (w, w))[0].sum(),
+    ],
+}
+
+
+@pytest.mark.parametrize("what", COUNTS)
+def test_other_numbers_of_things_are_refused(what):
+    small, big = COUNTS[what]
+    text = refusal(lambda p: small(p["w"]), lambda p: big(p["w"]))
+    assert text.startswith("the two models are different programs")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_program_that_ends_early_is_refused(swap):
+    pair = [small_tanh, lambda p: jnp.tanh(p["w"]).sum() + 1]
+    text = refusal(*(reversed(pair) if swap else pair))
+    assert ("big" if swap else "small") + ": ends here" in text
+    assert ("small" if swap else "big") + ": `add` of float32[], float32[] at " in text
+
+
+def test_other_trees_of_parameters_are_refused():
+    models = [Model(lambda p: jnp.zeros(()), {name: f32(4)}) for name in ("kernel", "weight")]
+    with pytest.raises(ValueError, match="different parameters") as caught:
+        trace(models, ())
+    assert "only the small one has 'kernel'\n  only the big one has 'weight'" in str(caught.value)
+
+
+@pytest.mark.parametrize("big", [f32(4, 2), jax.ShapeDtypeStruct((4,), jnp.bfloat16)])
+def test_other_ranks_and_dtypes_of_parameters_are_refused(big):
+    text = refusal(lambda p: p["w"].sum(), lambda p: p["w"].sum(), sizes=(f32(4), big))
+    assert text.startswith("parameter 'w' is float32[4]")
+    assert f"{big.dtype}[{','.join(map(str, big.shape))}]" in text
+    assert "Expected: the same rank and dtype." in text
+
+
+def test_other_outputs_are_refused():
+    text = refusal(lambda p: {"y": p["w"] * 2}, lambda p: {"y": p["w"] * 2})
+    assert text.startswith("output 'y' is float32[4]")
+    assert "float32[8]" in text
+    total = lambda p: p["w"].sum()  # noqa: E731
+    for outputs in (lambda p: {"z": total(p)}, lambda p: {"y": total(p), "z": total(p)}):
+        assert "different trees of outputs" in refusal(lambda p: {"y": total(p)}, outputs)
+
+
+def test_the_marks_of_this_file_are_lines_of_it():
+    assert inspect.getsourcelines(small_tanh)[1] + 1 == int(line("small").split(":")[1])
