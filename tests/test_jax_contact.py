@@ -64,9 +64,21 @@ def test_operands_of_a_scan_are_counted():
 
 
 def test_calls_keep_their_programs_where_they_are_looked_for():
-    functions = [jax.jit(jnp.sin), jax.checkpoint(jnp.sin), jax.nn.relu, jax.nn.silu]
+    composite = jax.lax.composite(jnp.sin, "tests.sin")
+    functions = [jax.jit(jnp.sin), jax.checkpoint(jnp.sin), jax.nn.relu, composite]
     for fun in functions:
         closed, _ = _jax.closed_jaxpr(fun, jnp.float32(2.0))
         for eqn in closed.jaxpr.eqns:
-            body = eqn.params[_jax.CALLS[_jax.primitive_name(eqn)]]
+            body = _jax.called_program(_jax.primitive_name(eqn), eqn.params)
             assert isinstance(body, _jax.Jaxpr | _jax.ClosedJaxpr)
+
+
+def test_mutable_arrays_are_told():
+    def fun(x):
+        ref = jax.new_ref(x)
+        ref[...] = jnp.sin(ref[...])
+        return ref[...]
+
+    closed, _ = _jax.closed_jaxpr(fun, jnp.ones(3))
+    told = {_jax.primitive_name(e): _jax.refers_to_memory(e) for e in closed.jaxpr.eqns}
+    assert told == {"new_ref": True, "get": True, "sin": False, "swap": True}

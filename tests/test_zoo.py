@@ -1,39 +1,20 @@
 """Every model of the zoo: each free size grows exactly, each fixed one is refused, and why."""
 
-import functools
-
 import numpy as np
 import pytest
 
 import uscale_jax as us
-from benchmarks.zoo import registry
 from tests import resizing
-from tests.resizing import Prepared
+from tests.zoo import EXACT, LOOSE, ZOO, big_model, prepared
 from uscale_jax.trace import sizes
 from uscale_jax.trace.tracing import Model, trace
 
-ZOO = registry.models()
 FREE = [(name, size) for name, model in ZOO.items() for size in model.free]
 FIXED = [(name, size) for name, model in ZOO.items() for size in model.fixed]
-
-EXACT = 1e-12
-# ``jax.nn.dot_product_attention`` computes its softmax in float32 whatever comes in.
-LOOSE = dict.fromkeys(["nnx transformer"], 1e-6)
 
 # Axes that no size of these models reaches: the module ties the head size of values, which is
 # free, to that of rotated queries and keys, which is not.
 TIED = ("attention/value/kernel", "attention/out/kernel")
-
-
-@functools.cache
-def prepared(name: str) -> Prepared:
-    built = ZOO[name].build(ZOO[name].sizes)
-    return Prepared(Model(built.apply, built.params), built.inputs)
-
-
-def big_model(name: str, factors: dict[str, int]) -> Model:
-    built = ZOO[name].build(resizing.resized(ZOO[name].sizes, factors))
-    return Model(built.apply, built.params)
 
 
 def ratio(name: str, size: str) -> int:

@@ -113,13 +113,13 @@ def primitive_name(eqn: JaxprEqn) -> str:
     return eqn.primitive.name if own else f"{eqn.primitive.name} (not JAX's own)"
 
 
-# Parameter under which a primitive that calls a program keeps it.  JAX 0.8 to 0.12; the first
-# names of those that were renamed are what older programs, and some packages, still use.
+# Primitives that call a program, by the parameter that holds it.  JAX 0.8 to 0.12; some names are
+# those of older releases, which programs of other packages still use.
 CALLS = {
     "call": "call_jaxpr",
     "checkpoint": "jaxpr",
     "closed_call": "call_jaxpr",
-    "composite": "jaxpr",
+    "composite": "jaxpr",  # JAX 0.12: call_jaxpr
     "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
@@ -130,6 +130,20 @@ CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
 }
+
+
+def called_program(name: str, params: Mapping[str, Any]) -> Any:
+    """Returns the program that an equation calls."""
+    key = CALLS[name]
+    return params[key] if key in params else params["call_jaxpr"]
+
+
+def refers_to_memory(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation reads or writes a mutable array (``jax.new_ref``).
+
+    Its values are of a type that holds the type of the array (JAX 0.8 to 0.12: inner_aval).
+    """
+    return any(hasattr(v.aval, "inner_aval") for v in (*eqn.invars, *eqn.outvars))
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:

@@ -258,19 +258,27 @@ def _flat(parts: Sequence[Dim]) -> list[Dim]:
     return found
 
 
+# Sums of more parts than this are not cut further: a shift by one place, or a slice for every
+# place, would else make a part of every place, each within the last.
+_MANY = 100
+
+
 def _align(left: list[Dim], right: list[Dim], source: Source | None) -> None:
     """Makes two sums the same by cutting the parts of each where the other is cut."""
     left, right = _flat(left)[::-1], _flat(right)[::-1]
+    parts = max(len(left), len(right))
     while left and right:
-        a, b = left.pop(), right.pop()
+        a, b = _next(left), _next(right)
         programs = max((len(atom.size) for atom in (*a, *b)), default=1)
         size_a, size_b = dim_size(a, programs), dim_size(b, programs)
         if size_a == size_b:
             unify(a, b, source)
-        elif all(m < n for m, n in zip(size_a, size_b, strict=True)):
-            right.extend(_cut(a, size_a, b, size_b, source))
-        elif all(m > n for m, n in zip(size_a, size_b, strict=True)):
-            left.extend(_cut(b, size_b, a, size_a, source))
+            continue
+        parts += 1
+        if parts <= _MANY and all(m < n for m, n in zip(size_a, size_b, strict=True)):
+            right.append(_cut(a, size_a, b, size_b, source))
+        elif parts <= _MANY and all(m > n for m, n in zip(size_a, size_b, strict=True)):
+            left.append(_cut(b, size_b, a, size_a, source))
         else:
             _clash(a, b, source)
             for part in (*left, *right):
@@ -278,11 +286,17 @@ def _align(left: list[Dim], right: list[Dim], source: Source | None) -> None:
             return
 
 
-def _cut(piece: Dim, size: Size, whole: Dim, total: Size, source: Source | None) -> list[Dim]:
+def _next(rest: list[Dim]) -> Dim:
+    """Takes the next part off a reversed list, of a sum its first: cuts before may have made it."""
+    rest.extend(reversed(_flat([rest.pop()])))
+    return rest.pop()
+
+
+def _cut(piece: Dim, size: Size, whole: Dim, total: Size, source: Source | None) -> Dim:
     """Cuts ``piece`` off the front of ``whole``; returns the rest."""
     rest = fresh(tuple(t - s for t, s in zip(total, size, strict=True)))
     unify(whole, sum_of([piece, rest], total), source)
-    return [rest]
+    return rest
 
 
 def _clash(left: Dim, right: Dim, source: Source | None) -> None:

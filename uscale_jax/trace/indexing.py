@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from uscale_jax.trace.atoms import Dim, Size, fresh, sum_of
 from uscale_jax.trace.description import (
     JOINED,
@@ -14,6 +16,7 @@ from uscale_jax.trace.description import (
     Description,
     Dims,
     Labelled,
+    Scale,
 )
 from uscale_jax.trace.primitives import define, immovable, labels
 from uscale_jax.trace.program import Equation
@@ -171,7 +174,8 @@ def _gather(eqn: Equation) -> Labelled:
     batch = [i for i in range(len(out)) if i not in numbers.offset_dims]
     for place, dim in zip(batch, indices[:-1], strict=True):
         result[place] = dim
-    return _looked_up(eqn, [operand, indices], result, [*held, indices[-1]])
+    scale = UNSCALED if _fills(eqn) else LINEAR
+    return _looked_up(eqn, [operand, indices], result, [*held, indices[-1]], scale)
 
 
 def _share(left: Dims, left_axes: Sequence[int], right: Dims, right_axes: Sequence[int]) -> None:
@@ -179,10 +183,22 @@ def _share(left: Dims, left_axes: Sequence[int], right: Dims, right_axes: Sequen
         right[j] = left[i]
 
 
-def _looked_up(eqn: Equation, operands: list[Dims], result: Dims, held: Sequence[Dim]) -> Labelled:
+def _looked_up(
+    eqn: Equation, operands: list[Dims], result: Dims, held: Sequence[Dim], scale: Scale
+) -> Labelled:
     why = f"`{eqn.name}` looks places up"
-    scale = LINEAR if eqn.name == "gather" else JOINED
     return Labelled(operands, [result], scale, fixed=[(dim, why) for dim in held])
+
+
+def _fills(eqn: Equation) -> bool:
+    """Whether places beyond the end are a number that factors would change."""
+    filler = eqn.param("fill_value")
+    return filler is not None and bool(np.isfinite(filler)) and filler != 0
+
+
+def _applies(eqn: Equation) -> bool:
+    """Whether a ``scatter`` puts a function of what is there, as ``x.at[i].apply(f)`` does."""
+    return eqn.name == "scatter" and eqn.param("update_jaxpr") is not None
 
 
 def _scatter(eqn: Equation) -> Labelled:
@@ -202,9 +218,11 @@ def _scatter(eqn: Equation) -> Labelled:
     batch = [i for i in range(len(sizes)) if i not in numbers.update_window_dims]
     for place, dim in zip(batch, indices[:-1], strict=True):
         updates[place] = dim
-    # Replicas of an update would be added once each.
-    held += indices[:-1] if eqn.name in ("scatter-add", "scatter-sub") else []
-    return _looked_up(eqn, [operand, indices, updates], operand, [*held, indices[-1]])
+    # Replicas of an update would be added, or a function applied, once each.
+    repeats = eqn.name in ("scatter-add", "scatter-sub") or _applies(eqn)
+    held += indices[:-1] if repeats else []
+    scale = UNSCALED if _applies(eqn) else JOINED
+    return _looked_up(eqn, [operand, indices, updates], operand, [*held, indices[-1]], scale)
 
 
 define("slice", _slice)

@@ -44,6 +44,14 @@ def program(closed: Sequence[ClosedJaxpr]) -> Program:
     return without_dead_code(flat)
 
 
+def _mutable(name: str, source: Source) -> ValueError:
+    return ValueError(
+        f"`{name}` works on a mutable array at {source}. Expected: a pure function of parameters "
+        "and inputs, whose arrays do not change. Fix: compute new arrays, `x.at[i].set(y)` in "
+        "place of `ref[i] = y`."
+    )
+
+
 class _Builder:
     """Collects equations while it walks jaxprs."""
 
@@ -132,6 +140,8 @@ class _Builder:
     ) -> list[Value]:
         if name in _jax.CALLS:
             return self._call(name, eqns, args, source)
+        if any(map(_jax.refers_to_memory, eqns)):
+            raise _mutable(name, source)
         if name in _CONTROL:
             return _CONTROL[name](self, eqns, args, source)
         avals = zip(*([v.aval for v in eqn.outvars] for eqn in eqns), strict=True)
@@ -140,7 +150,7 @@ class _Builder:
     def _call(
         self, name: str, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
     ) -> list[Value]:
-        bodies = [eqn.params[_jax.CALLS[name]] for eqn in eqns]
+        bodies = [_jax.called_program(name, eqn.params) for eqn in eqns]
         called = eqns[0].params.get("name") if name in ("jit", "pjit") else None
         if isinstance(bodies[0], ClosedJaxpr):
             return self.closed(bodies, args, source, called)

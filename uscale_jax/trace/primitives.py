@@ -6,9 +6,14 @@ A primitive without a rule keeps all its sizes and takes no factors: pessimistic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax.numpy as jnp
+import numpy as np
+
+from uscale_jax.trace.affine import rational
 from uscale_jax.trace.atoms import Size, fresh, times
 from uscale_jax.trace.description import (
     COMPARED,
@@ -95,9 +100,19 @@ def each(eqn: Equation) -> Labelled:
 def _power(eqn: Equation) -> Labelled:
     """``x**c`` with a known c scales by the c-th power; otherwise neither may carry a factor."""
     exponent = eqn.inputs[1].uniform
-    known = exponent is not None and len(set(exponent)) == 1
+    known = exponent is not None and len(set(exponent)) == 1 and _is_simple(exponent[0])
     scale = Scale(Kind.POWERS, (float(exponent[0]), 0)) if known and exponent else UNSCALED
     return elementwise(scale)(eqn)
+
+
+def _is_simple(exponent: Any) -> bool:
+    """Whether an exponent is, up to rounding, a fraction that exact arithmetic can do with."""
+    if isinstance(exponent, complex | np.complexfloating) or not np.isfinite(exponent):
+        return False
+    if jnp.issubdtype(np.asarray(exponent).dtype, np.integer):
+        return True
+    tolerance = float(jnp.finfo(exponent.dtype).eps)
+    return math.isclose(rational(float(exponent)), float(exponent), rel_tol=tolerance)
 
 
 def _integer_power(eqn: Equation) -> Labelled:
@@ -247,8 +262,9 @@ def _iota(eqn: Equation) -> Labelled:
     return Labelled([[] for _ in eqn.inputs], [dims], IGNORED, fixed=[(held, why)])
 
 
-def _random(eqn: Equation) -> Labelled:
-    return immovable(eqn, "random numbers are drawn", IGNORED)
+def _random(scale: Scale) -> Rule:
+    """Returns the rule of drawing numbers: each place draws another."""
+    return lambda eqn: immovable(eqn, "random numbers are drawn", scale)
 
 
 def _axis(eqn: Equation) -> list[int]:
@@ -260,7 +276,8 @@ def _transformed(eqn: Equation) -> range:
 
 
 def _last(eqn: Equation) -> list[int]:
-    return [eqn.param("operand_dimension", eqn.param("axis", -1))]
+    """The axis of ``top_k``, or of ``approx_top_k``; by default the last."""
+    return [eqn.param("axis", eqn.param("reduction_dimension", -1))]
 
 
 define("mul", elementwise(PRODUCT))
@@ -312,5 +329,7 @@ define("fft", along("`fft` transforms", LINEAR, _transformed))
 define("sort", along("`sort` orders", EACH, lambda eqn: [eqn.param("dimension")]))
 define("top_k approx_top_k", along("`top_k` ranks", LINEAR, _last))
 define("iota", _iota)
-define("random_bits rng_bit_generator rng_uniform threefry2x32 random_gamma", _random)
-define("random_seed random_wrap random_unwrap random_fold_in random_split random_clone", _random)
+define("random_bits rng_bit_generator threefry2x32", _random(IGNORED))
+define("random_seed random_wrap random_unwrap random_fold_in random_split", _random(IGNORED))
+define("random_clone", _random(IGNORED))
+define("rng_uniform random_gamma", _random(UNSCALED))  # of distributions with parameters

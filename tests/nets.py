@@ -1,0 +1,22 @@
+"""Small nets as plain functions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def relu_net(params, x):
+    for i in range(len(params)):
+        x = x @ params[i]["kernel"] + params[i].get("bias", 0.0)
+        x = jnp.maximum(x, 0.0) if i + 1 < len(params) else x
+    return x
+
+
+def layers(*widths: int, bias: bool) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    shapes = itertools.pairwise(widths)
+    return [{"kernel": f32(a, b)} | ({"bias": f32(1, b)} if bias else {}) for a, b in shapes]
