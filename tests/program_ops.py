@@ -67,9 +67,7 @@ every(
     "lax.while_loop(lambda a: jnp.abs(a).mean() > 0.5, lambda a: a * 0.5, {v})",
     "lax.while_loop(lambda c: c[0] < ids.sum(), lambda c: (c[0] + 1, c[1] * 0.9), (0, {v}))[1]",
     "jnp.zeros({shape}) + {v}",
-    "jnp.cumsum(jnp.swapaxes({v}, 0, {i})[:1], 0)[0] + jnp.swapaxes({v}, 0, {i})[0] + {v} * 0"
-    if False
-    else "{v} + jnp.ones({shape}) * 0.5",
+    "{v} + jnp.ones({shape}) * 0.5",
     into=GENTLE,
 )
 every(
@@ -115,7 +113,7 @@ every(
     "{v} - {v}.min()",
     "{v} / jnp.abs({v}).sum()",
     "{v} * jnp.where(jnp.arange({v}.shape[-1]) < 1, 0.5, 1.0)",
-    "{v} + jnp.sin(jnp.arange({v}.shape[{i}]))[{w}]" if False else "{v} * np.float32(0.5)",
+    "{v} * np.float32(0.5).astype({v}.dtype)",
     into=NASTY,
 )
 

@@ -1,7 +1,9 @@
 """Models of other packages, as far as these are installed: free sizes grow, others are refused."""
 
 import functools
+from collections.abc import Iterator
 
+import jax
 import pytest
 
 import uscale_jax as us
@@ -17,10 +19,13 @@ MODELS, MISSING = foreign_models()
 FLOAT32 = 2e-6
 
 
-pytestmark = [
-    pytest.mark.usefixtures("standard_promotion"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_them(strict_promotion: None) -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @functools.cache
