@@ -181,3 +181,11 @@ def test_other_outputs_are_refused():
 
 def test_the_marks_of_this_file_are_lines_of_it():
     assert inspect.getsourcelines(small_tanh)[1] + 1 == int(line("small").split(":")[1])
+
+
+def test_functions_inside_other_primitives_are_compared():
+    def applying(fun):
+        return lambda p: p["w"].at[1].apply(fun)
+
+    text = refusal(applying(jnp.sin), applying(jnp.cos), sizes=(f32(4), f32(4)))
+    assert "update_jaxpr" in text

@@ -132,6 +132,15 @@ CALLS = {
 }
 
 
+# Primitives of loops, branches and the like, whose programs are walked too.
+_CONTROL = frozenset(("cond", "custom_linear_solve", "scan", "shard_map", "while"))
+
+
+def is_inlined(eqn: JaxprEqn) -> bool:
+    """Returns whether the programs of an equation are walked in its place."""
+    return eqn.primitive.name in CALLS or eqn.primitive.name in _CONTROL
+
+
 def called_program(name: str, params: Mapping[str, Any]) -> Any:
     """Returns the program that an equation calls."""
     key = CALLS[name]
