@@ -1,13 +1,22 @@
-"""Small nets as plain functions."""
+"""Small nets as plain functions, shapes, and flat programs."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from uscale_jax import _jax
+from uscale_jax.trace.inline import program
+from uscale_jax.trace.program import Program
+
 
 def f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def flat(fun: Any, *shapes: Any) -> Program:
+    return program([_jax.closed_jaxpr(fun, *shapes)[0]])
 
 
 def relu_net(params, x):

@@ -2,7 +2,6 @@
 
 import inspect
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,25 +13,10 @@ from jax.extend.core.primitives import closed_call_p
 from jax.sharding import Mesh, PartitionSpec
 
 import uscale_jax as us
+from tests.nets import f32, flat
 from uscale_jax import _jax
 from uscale_jax.trace.inline import program
 from uscale_jax.trace.program import Equation, Program
-
-ROWS = Path(__file__).read_text().splitlines()
-
-
-def line(mark: str) -> str:
-    """Where in this file a line with a mark at its end is."""
-    (number,) = [i for i, row in enumerate(ROWS, 1) if row.endswith(f"# line: {mark}")]
-    return f"{Path(__file__).name}:{number}"
-
-
-def f32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def flat(fun: Any, *shapes: Any) -> Program:
-    return program([_jax.closed_jaxpr(fun, *shapes)[0]])
 
 
 def names(fun: Any, *shapes: Any) -> list[str]:

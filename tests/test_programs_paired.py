@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.nets import f32, flat
 from uscale_jax import _jax
 from uscale_jax.trace.inline import program
-from uscale_jax.trace.program import Equation, Program
 from uscale_jax.trace.tracing import Model, trace
 
 ROWS = Path(__file__).read_text().splitlines()
@@ -22,24 +22,6 @@ def line(mark: str) -> str:
     """Where in this file a line with a mark at its end is."""
     (number,) = [i for i, row in enumerate(ROWS, 1) if row.endswith(f"# line: {mark}")]
     return f"{Path(__file__).name}:{number}"
-
-
-def f32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def flat(fun: Any, *shapes: Any) -> Program:
-    return program([_jax.closed_jaxpr(fun, *shapes)[0]])
-
-
-def names(fun: Any, *shapes: Any) -> list[str]:
-    return [eqn.name for eqn in flat(fun, *shapes).equations]
-
-
-def only(fun: Any, *shapes: Any) -> Equation:
-    """The one equation of a function."""
-    (eqn,) = flat(fun, *shapes).equations
-    return eqn
 
 
 def test_two_programs_share_values_with_a_size_each():
