@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(autouse=True)
 def as_users_run_them(strict_promotion: None) -> Iterator[None]:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+        with jax.enable_x64(False):  # which importing some packages switches on
+            yield
 
 
 @functools.cache
