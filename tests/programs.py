@@ -6,6 +6,7 @@ an expression in such names.  The text is the whole program: print it to reprodu
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ def shape_text(dims: Sequence[Dim]) -> str:
 
 @dataclass(frozen=True)
 class Var:
-    """An array of a program: floating, unless it is a parameter's or the input's name."""
+    """A floating array of a program."""
 
     name: str
     dims: tuple[Dim, ...]
@@ -98,6 +99,10 @@ class Program:
         )
 
 
+class Unfit(Exception):
+    """No array of a program fits an operation."""
+
+
 @dataclass
 class Writer:
     """Appends lines to a program, and knows what every array in it is."""
@@ -111,13 +116,18 @@ class Writer:
 
     # Choices.
 
+    def one_of(self, options: Sequence[Any]) -> Any:
+        if not options:
+            raise Unfit
+        return self.rng.choice(options)
+
     def var(self, ok: Callable[[Var], bool] = lambda var: True) -> Var:
-        """An array, most often a recent one; raises IndexError where there is none."""
+        """An array, most often a recent one."""
         fitting = [var for var in self.pool if ok(var)]
-        return self.rng.choice(fitting[-3:] if self.rng.random() < 0.8 else fitting)
+        return self.one_of(fitting[-3:] if self.rng.random() < 0.8 else fitting)
 
     def axis(self, var: Var, ok: Callable[[Dim], bool] = lambda dim: True) -> int:
-        return self.rng.choice([i for i, dim in enumerate(var.dims) if ok(dim)])
+        return self.one_of([i for i, dim in enumerate(var.dims) if ok(dim)])
 
     def hidden(self) -> Dim:
         return (self.rng.choice(HIDDEN),)
@@ -183,18 +193,24 @@ def dense(w: Writer, var: Var, axis: int, new: Dim) -> Var:
 
 
 def finish(w: Writer) -> None:
-    """Returns what is left, without the dimensions that are not the data's."""
-    last = w.pool[-1]
-    if w.rng.random() < 0.03:
-        w.lines.append(f"return {last.name}")
+    """Returns what nothing else uses, without the dimensions that are not the data's."""
+    if w.rng.random() < 0.02:
+        w.lines.append(f"return {w.pool[-1].name}")
         return
-    while any(_is_hidden(dim) for dim in last.dims):
-        axis = next(i for i, dim in enumerate(last.dims) if _is_hidden(dim))
+    text = "\n".join(w.lines)
+    unused = [var for var in w.pool if not re.search(rf"\b{var.name}\b(?! =)", text)]
+    names = [_on_data(w, var).name for var in unused[-3:]]
+    w.lines.append(f"return jnp.concatenate([{', '.join(f'{name}.ravel()' for name in names)}])")
+
+
+def _on_data(w: Writer, var: Var) -> Var:
+    while any(_is_hidden(dim) for dim in var.dims):
+        axis = next(i for i, dim in enumerate(var.dims) if _is_hidden(dim))
         if w.rng.random() < 0.75:
-            last = dense(w, last, axis, ("3",))
+            var = dense(w, var, axis, ("3",))
         else:
-            last = w.let(f"{last.name}.mean({axis})", last.with_dim(axis))
-    w.lines.append(f"return {last.name}")
+            var = w.let(f"{var.name}.mean({axis})", var.with_dim(axis))
+    return var
 
 
 def _is_hidden(dim: Dim) -> bool:
@@ -208,20 +224,20 @@ def draw_sizes(rng: random.Random) -> Sizes:
     return {"B": rng.choice((2, 3, 4)), "T": rng.choice((3, 4)), "I": rng.choice((2, 4)), **hidden}
 
 
-def write(rng: random.Random, ops: Sequence[Callable[[Writer], Any]], weights: Any) -> Program:
-    """Returns a program of a few random operations."""
+def write(
+    rng: random.Random, ops: Sequence[Callable[[Writer], Any]], weights: Sequence[float]
+) -> Program:
+    """Returns a program of a few random operations, some of them favoured in this one."""
+    weights = [weight * rng.choice((0.1, 0.1, 1, 3)) for weight in weights]
     w = Writer(rng, draw_sizes(rng))
     inputs: tuple[Dim, ...] = rng.choice([(("B",), ("I",)), (("B",), ("T",), ("I",))])
     w.pool.append(Var("x", inputs))
     dense(w, w.pool[0], len(inputs) - 1, w.hidden())
-    wanted = rng.randint(2, 8)
-    for _ in range(4 * wanted):
-        if w.count >= 2 * wanted:
-            break
+    for _ in range(rng.randint(3, 12)):
         kept = len(w.lines), dict(w.params), list(w.pool)
         try:
             rng.choices(ops, weights)[0](w)
-        except IndexError:  # nothing to apply it to
+        except Unfit:
             w.lines, w.params, w.pool = w.lines[: kept[0]], kept[1], kept[2]
     finish(w)
     return Program(w.lines, w.params, inputs, w.sizes)

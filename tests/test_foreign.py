@@ -24,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True)
 def as_users_run_them(strict_promotion: None) -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        with jax.enable_x64(False):  # which importing some packages switches on
-            yield
+    promotes = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with promotes[0], promotes[1], jax.enable_x64(False):  # some packages switch it on
+        yield
 
 
 @functools.cache

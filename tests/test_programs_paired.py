@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
+import uscale_jax as us
 from tests.nets import f32, flat
 from uscale_jax import _jax
 from uscale_jax.trace.inline import program
@@ -171,3 +173,32 @@ def test_functions_inside_other_primitives_are_compared():
 
     text = refusal(applying(jnp.sin), applying(jnp.cos), sizes=(f32(4), f32(4)))
     assert "update_jaxpr" in text
+
+
+def test_callbacks_and_meshes_are_compared():
+    def calling(k):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return lambda p: jax.pure_callback(lambda a: k * a, shape, p["w"].sum())
+
+    assert "callback" in refusal(calling(2), calling(3), sizes=(f32(4), f32(4)))
+
+    def sharded(count):
+        mesh = Mesh(jax.devices()[:count], ("d",))
+        run = lambda a: lax.psum(a, "d")  # noqa: E731
+        return jax.shard_map(
+            run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )
+
+    small, big = (lambda p, n=n: sharded(n)(p["w"].sum()) for n in (1, 2))
+    assert "mesh" in refusal(small, big, sizes=(f32(4), f32(4)))
+
+
+def test_integers_that_differ_are_said_without_an_equation():
+    def apply(p):
+        return jnp.where(p["w"].sum() > 0, p["w"].shape[0], 7).astype(jnp.float32)
+
+    with pytest.raises(ValueError, match="Fix:") as error:
+        us.trace_exponents(apply, {"w": f32(4)}, big=(apply, {"w": f32(8)}))
+    text = str(error.value)
+    assert "an integer is 4 (small), 8 (big)" in text
+    assert "= 1" not in text.split("contradict each other:")[1].split("Expected")[0]

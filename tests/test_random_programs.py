@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import resizing
+from tests import program_layout, resizing
 from tests.program_ops import GENTLE, NASTY
-from tests.programs import HIDDEN, Program, Sizes, size_of, write
+from tests.programs import HIDDEN, Program, Sizes, write
+from uscale_jax.trace import affine
+
+# Imported for the operations it defines.
+_LAYOUT = program_layout
 
 # Programs that compute the same function differ by rounding, which hard programs amplify.
 TOLERANCE, AMPLIFIED = 1e-9, 1e5
 OPERATIONS = [*GENTLE, *NASTY]
-WEIGHTS = [1.0] * len(GENTLE) + [0.2] * len(NASTY)
+WEIGHTS = [1.0] * len(GENTLE) + [0.4] * len(NASTY)
 
 
 class Outcome(NamedTuple):
@@ -45,7 +48,8 @@ def outcomes(rng: random.Random, trials: int = 2) -> Iterator[Outcome]:
     """Writes a program and grows it in some ways."""
     program = write(rng, OPERATIONS, WEIGHTS)
     used = [h for h in HIDDEN if any(h in f for d in program.params.values() for f in sum(d, ()))]
-    with jax.enable_x64(True):
+    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with jax.enable_x64(True), promotion[0], promotion[1]:
         try:
             before = Before(program)
         except Invalid as error:
@@ -53,7 +57,8 @@ def outcomes(rng: random.Random, trials: int = 2) -> Iterator[Outcome]:
             return
         for _ in range(trials):
             chosen = rng.sample(used, rng.choice([1, 1, 2, len(used)]) if len(used) > 1 else 1)
-            yield before.grow({name: rng.choice([2, 2, 3]) for name in chosen})
+            same = rng.choice([None, 2, 3])
+            yield before.grow({name: same or rng.choice([2, 2, 3]) for name in chosen})
 
 
 class Invalid(Exception):
@@ -124,6 +129,30 @@ def perturbed(params: Any, size: float, names: Any = None) -> Any:
         k: v * (1 + size * rng.standard_normal(v.shape)) if names is None or k in names else v
         for k, v in params.items()
     }
+
+
+def test_programs_grow_exactly_or_are_refused_in_words():
+    counts: Counter[str] = Counter()
+
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @given(st.randoms(use_true_random=True))
+    def check(rng: random.Random) -> None:
+        for outcome in outcomes(rng):
+            counts[outcome.kind] += 1
+            assert outcome.kind != "wrong", str(outcome)
+
+    check()
+    total = counts.total()
+    assert counts["exact"] > 0.4 * total, counts
+    assert counts["refused"] > 0.1 * total, counts
+    assert counts["invalid"] < 0.1 * total, counts
+
+
+def test_missing_factors_are_noticed(monkeypatch):
+    """Without its factors a grown model is another function, and the comparison says so."""
+    monkeypatch.setattr(affine, "factor", lambda known: 1.0)
+    kinds = [outcome.kind for i in range(8) for outcome in outcomes(random.Random(i))]
+    assert kinds.count("wrong") > 4, kinds
 
 
 def main(count: int, seed: int) -> None:

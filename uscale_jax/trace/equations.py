@@ -31,6 +31,10 @@ class Requirement(NamedTuple):
     source: Source | None
 
 
+# An equation that does not hold whatever the factors are: its text says all.
+NEVER: Expr = {"~1": 1}
+
+
 @dataclass
 class System:
     """The equations of a program."""

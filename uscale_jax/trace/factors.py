@@ -22,6 +22,7 @@ from uscale_jax.trace.axes import Structure
 from uscale_jax.trace.combine import LAYOUT, Labels
 from uscale_jax.trace.description import Blocks, Labelled, Regrouped
 from uscale_jax.trace.equations import (
+    NEVER,
     Cell,
     Cells,
     System,
@@ -88,7 +89,7 @@ class _Walk:
         self.known[id(value)] = one_cell(ZERO, value.ndim)
 
     def _clash(self, text: str, source: Source | None) -> Expr:
-        self.system.require({"~1": 1}, text, source)
+        self.system.require(NEVER, text, source)
         return ZERO
 
     def cells(self, value: Value, source: Source | None = None) -> Cells:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from uscale_jax.trace.program import Equation, is_empty, nothing
@@ -127,11 +128,24 @@ def _divide_integers(a: Any, b: Any) -> Any:
     return np.trunc(np.divide(a, b))
 
 
-def _cast(values: Sequence[Any], eqn: Equation) -> tuple[Any, ...]:
-    """Casts to the output's dtype; JAX keeps in float32 what NumPy would widen."""
+def _cast(values: Sequence[Any], eqn: Equation) -> tuple[Any, ...] | None:
+    """Casts to the output's dtype; JAX keeps in float32 what NumPy would widen.
+
+    What becomes of a number beyond the integers of a dtype is the hardware's to say: None.
+    """
     dtype = eqn.outputs[0].dtype
+    if jnp.issubdtype(dtype, np.integer) and not all(_fits(v, dtype) for v in values):
+        return None
     with np.errstate(all="ignore"):
         return tuple(np.asarray(v).astype(dtype)[()] for v in values)
+
+
+def _fits(value: Any, dtype: Any) -> bool:
+    """Whether a number is an integer, which wraps around, or one within those of a dtype."""
+    if not jnp.issubdtype(np.asarray(value).dtype, np.inexact):
+        return True
+    bounds = jnp.iinfo(dtype)
+    return bool(np.isfinite(value)) and bounds.min <= np.trunc(value) <= bounds.max
 
 
 def chosen_case(eqn: Equation) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
 from uscale_jax.trace.affine import Expr
-from uscale_jax.trace.equations import Cells, Requirement, System, each_cell
+from uscale_jax.trace.equations import NEVER, Cells, Requirement, System, each_cell
 from uscale_jax.trace.sizes import check_sizes
 from uscale_jax.trace.tracing import Traced, output_names
 
@@ -83,7 +83,8 @@ def clash_text(members: Iterable[Requirement], system: System) -> str:
     lines = ["no factors keep the function: these contradict each other."]
     for expr, text, source in members:
         where = "" if source is None else f" at {source}"
-        lines.append(f"  {text}{where}: {affine.words(expr, names)} = 1")
+        equation = "" if expr == NEVER else f": {affine.words(expr, names)} = 1"
+        lines.append(f"  {text}{where}{equation}")
     lines.append(
         "Expected: factors of the leaves in brackets that make all of them hold. Fix: keep the "
         "size of the axes that these equations are about."

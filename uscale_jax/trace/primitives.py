@@ -218,6 +218,18 @@ def _reduce(scale: Scale, *, adds: bool = False) -> Rule:
     return rule
 
 
+def _collective(*, adds: bool) -> Rule:
+    """Over a mesh each result is like its operand; over axes that ``vmap`` numbers, a reduction."""
+    reduction = _reduce(LINEAR, adds=adds)
+
+    def rule(eqn: Equation) -> Description:
+        numbered = all(isinstance(axis, int | np.integer) for axis in eqn.param("axes"))
+        alone = len(eqn.inputs) == 1 and eqn.param("axis_index_groups") is None
+        return reduction(eqn) if numbered and alone else each(eqn)
+
+    return rule
+
+
 def along(why: str, scale: Scale, axes: Callable[[Equation], Iterable[int]]) -> Rule:
     """Returns the rule of an operation that minds the order of elements along some axes only.
 
@@ -296,7 +308,9 @@ define(
     elementwise(LINEAR),
 )
 define("optimization_barrier device_put", each)
-define("psum psum2 psum_invariant pmax pmin ppermute", each)
+define("psum psum2 psum_invariant", _collective(adds=True))
+define("pmax pmin", _collective(adds=False))
+define("ppermute", each)
 define("add sub max min add_any rem complex clamp select_n", elementwise(JOINED))
 define("eq ne lt le gt ge eq_to lt_to le_to atan2", elementwise(COMPARED))
 define("sign is_finite not and or xor", elementwise(IGNORED))
