@@ -201,4 +201,4 @@ def test_integers_that_differ_are_said_without_an_equation():
         us.trace_exponents(apply, {"w": f32(4)}, big=(apply, {"w": f32(8)}))
     text = str(error.value)
     assert "an integer is 4 (small), 8 (big)" in text
-    assert "= 1" not in text.split("contradict each other:")[1].split("Expected")[0]
+    assert "= 1" not in text
