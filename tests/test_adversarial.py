@@ -67,7 +67,7 @@ middle("fft", lambda h, n: jnp.fft.fft(h).real, "`fft` transforms")
 middle("argmax", lambda h, n: h * jnp.argmax(h, -1, keepdims=True), "`argmax` counts places")
 middle("argmax_of_rows", lambda h, n: h * (1 + jnp.argmax(h, 0)))
 middle("first_unit", lambda h, n: h * h[:, :1], "is no multiple")
-middle("every_other_unit", lambda h, n: h * jnp.repeat(h[:, ::2], 2, -1))
+middle("every_other_unit", lambda h, n: h * jnp.repeat(lax.slice_in_dim(h, 0, n, 2, 1), 2, -1))
 middle("halves", lambda h, n: jnp.tile(h[:, : n // 2] * h[:, n // 2 :], 2))
 middle("interleaved", lambda h, n: jnp.stack(jnp.split(h, 2, -1), -1).reshape(len(h), n))
 middle(

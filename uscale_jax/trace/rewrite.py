@@ -127,6 +127,27 @@ def _dynamic_slice(
     return emit("slice", plain, [value], avals, source)
 
 
+def _known_gather(
+    emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
+) -> list[Value] | None:
+    """One box at a place that is known and inside is a slice (so JAX 0.8 takes ``x[..., 3:]``)."""
+    value, indices = args
+    numbers = params[0]["dimension_numbers"]
+    if indices.ndim != 1 or indices.uniform is None or numbers.operand_batching_dims:
+        return None
+    plain = []
+    for p, shape in enumerate(_shapes(value, len(params))):
+        start, sizes = int(indices.uniform[p]), params[p]["slice_sizes"]
+        at = [start if i in numbers.start_index_map else 0 for i in range(len(shape))]
+        stops = tuple(a + n for a, n in zip(at, sizes, strict=True))
+        if start < 0 or any(stop > n for stop, n in zip(stops, shape, strict=True)):
+            return None
+        plain.append({"start_indices": tuple(at), "limit_indices": stops, "strides": None})
+    boxes = [_like(avals[0], [p["slice_sizes"] for p in params])]
+    box = emit("slice", plain, [value], boxes, source)[0]
+    return [_reshape(emit, box, [a.shape for a in avals[0]], avals[0], source)]
+
+
 def _strided_slice(
     emit: Emit, params: Params, args: Sequence[Value], avals: Avals, source: Any
 ) -> list[Value] | None:
@@ -173,6 +194,7 @@ Rewrite = Callable[..., "list[Value] | None"]
 REWRITES: dict[str, Rewrite] = {
     "concatenate": _concatenate,
     "dynamic_slice": _dynamic_slice,
+    "gather": _known_gather,
     "reshape": _permuting_reshape,
     "slice": _strided_slice,
     "split": _split,
