@@ -198,6 +198,6 @@ MODELS = (
         _quantised,
         lambda s: floats(s["batch"], s["features"]),
         "code_dim width",
-        codes="counts places",
+        codes="gather",
     ),
 )

@@ -89,12 +89,16 @@ def _check_leaves(models: Sequence[Model]) -> None:
 
 def _check_outputs(outputs: Sequence[Any]) -> None:
     small, big = (_tree.flatten_named(out) for out in (outputs[0], outputs[-1]))
-    for key, a, b in zip(small[0], small[1], big[1], strict=False):
+    if small[0] != big[0]:
+        raise ValueError(
+            f"the two models return different trees: {output_names(outputs[0])} (small) and "
+            f"{output_names(outputs[-1])} (big). Expected: the same outputs. Fix: build both from "
+            "one definition."
+        )
+    for name, a, b in zip(output_names(outputs[0]), small[1], big[1], strict=True):
         if a.shape != b.shape:
             raise ValueError(
-                f"output {_tree.name(key)!r} is {_tree.describe(a)} in the small model and "
-                f"{_tree.describe(b)} in the big one. Expected: the same shape, for it is to be "
-                "the same function. Fix: keep the size of the output, such as the vocabulary."
+                f"{name} is {_tree.describe(a)} in the small model and {_tree.describe(b)} in the "
+                "big one. Expected: the same shape, for it is to be the same function. Fix: keep "
+                "the size of the output, such as the vocabulary."
             )
-    if small[0] != big[0]:
-        raise ValueError("the two models return different trees of outputs, expected the same.")
