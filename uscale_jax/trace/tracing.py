@@ -91,7 +91,7 @@ def _check_outputs(outputs: Sequence[Any]) -> None:
     small, big = (_tree.flatten_named(out) for out in (outputs[0], outputs[-1]))
     if small[0] != big[0]:
         raise ValueError(
-            f"the two models return different trees: {output_names(outputs[0])} (small) and "
+            f"the two models return different trees of outputs: {output_names(outputs[0])} (small) and "
             f"{output_names(outputs[-1])} (big). Expected: the same outputs. Fix: build both from "
             "one definition."
         )
