@@ -90,10 +90,10 @@ def _check_leaves(models: Sequence[Model]) -> None:
 def _check_outputs(outputs: Sequence[Any]) -> None:
     small, big = (_tree.flatten_named(out) for out in (outputs[0], outputs[-1]))
     if small[0] != big[0]:
+        names = [output_names(out) for out in (outputs[0], outputs[-1])]
         raise ValueError(
-            f"the two models return different trees of outputs: {output_names(outputs[0])} (small) and "
-            f"{output_names(outputs[-1])} (big). Expected: the same outputs. Fix: build both from "
-            "one definition."
+            f"the two models return different trees of outputs: {names[0]} (small) and {names[1]} "
+            "(big). Expected: the same outputs. Fix: build both from one definition."
         )
     for name, a, b in zip(output_names(outputs[0]), small[1], big[1], strict=True):
         if a.shape != b.shape:
