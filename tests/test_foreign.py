@@ -14,8 +14,8 @@ from uscale_jax.trace.tracing import Model
 
 MODELS, MISSING = foreign_models()
 
-# Of those that compute in float32 inside, whatever comes in, so that copies are added up with its
-# rounding: attention scores and norms, mostly.
+# Many compute in float32 inside, whatever comes in (attention scores and norms, mostly), so this
+# is for all; what a model's error really is stands in the report (``--junitxml``).
 FLOAT32 = 2e-6
 
 

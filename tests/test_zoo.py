@@ -60,6 +60,6 @@ def grown_places(name: str, size: str) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_models_say_something(name):
-    """No vacuous test: outputs vary, and with almost every parameter leaf."""
+def test_outputs_vary(name):
+    """Outputs are not one number, which any growth would keep."""
     assert all(np.ptp(out) > 0 for out in prepared(name).outputs)
