@@ -25,7 +25,7 @@ def lstm(p, x, H, H4):
     return lax.scan(step, (zeros, zeros), x.swapaxes(0, 1), reverse=True)[1] @ p["down"]
 
 
-@refused("is no multiple", params=RECURRENT, grown={"H": (3, 5), "H4": (12, 20)}, x=SEQUENCE)
+@exact(params=RECURRENT, grown={"H": (3, 5), "H4": (12, 20)}, x=SEQUENCE)
 def lstm_of_no_multiple(p, x, H, H4):
     return lstm(p, x, H, H4)
 

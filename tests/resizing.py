@@ -58,6 +58,31 @@ def cell_numbers(dim: Dim) -> np.ndarray:
     return cells
 
 
+def copy_weights(dim: Dim, powers: Sequence[Sequence[Any]]) -> np.ndarray:
+    """For every place along a dimension of the big model, its copies to their powers."""
+    cells = cell_numbers(dim)
+    counts = unequal_counts(dim)
+    weights = np.ones(len(cells))
+    for place, (cell, each) in enumerate(zip(cells, counts, strict=True)):
+        for count, power in zip(each, powers[cell], strict=True):
+            weights[place] *= float(count) ** float(power)
+    return weights
+
+
+def unequal_counts(dim: Dim) -> list[list[int]]:
+    """For every place, per atom on the way to it, how many copies of the unit there are."""
+    found: list[list[int]] = [[]]
+    for atom in resolve(dim):
+        n, m = atom.size
+        if atom.parts is not None:
+            inner = [counts for part in atom.parts for counts in unequal_counts(part)]
+        else:
+            units = [place * n // m for place in range(m)]
+            inner = [[units.count(unit)] for unit in units]
+        found = [[*before, *counts] for before in found for counts in inner]
+    return found
+
+
 def grown(solution: keep.Solution, params: Any) -> Any:
     """The parameters of the big model, in the dtype of the small ones."""
     structure = solution.traced.structure
@@ -71,6 +96,9 @@ def grown(solution: keep.Solution, params: Any) -> Any:
         if values[place].scales:
             table = np.vectorize(affine.factor, otypes=[float])(cells)
             factors = table[np.ix_(*map(cell_numbers, dims))] if leaf.ndim else table
+            for i, (dim, powers) in enumerate(zip(dims, solution.copies[place], strict=True)):
+                weights = copy_weights(dim, powers)
+                factors = factors * weights.reshape([-1 if j == i else 1 for j in range(len(dims))])
             shift = solution.system.shifts.get(place, 0.0)
             big = ((big + shift) * factors - shift).astype(leaf.dtype)
         out.append(big)

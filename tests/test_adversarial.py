@@ -28,7 +28,7 @@ middle("captured_uniform", lambda h, n: h * np.full(n, 0.7))
 middle("captured_uniform_by_size", lambda h, n: h * np.full(n, 0.7 / n))
 middle("captured_pair", lambda h, n: h * np.repeat([0.5, 1.0], n // 2), "closes over")
 middle("scatter_one", lambda h, n: h.at[:, 0].set(0.0), "`scatter` looks places up")
-middle("padded_and_cut", lambda h, n: jnp.pad(h, ((0, 0), (1, 0)))[:, :-1], "is no multiple")
+middle("padded_and_cut", lambda h, n: jnp.pad(h, ((0, 0), (1, 0)))[:, :-1])
 middle("one_hot", lambda h, n: h * jax.nn.one_hot(1, n, dtype=h.dtype), "`iota` counts it")
 middle("random", lambda h, n: h * jax.random.uniform(jax.random.key(0), (n,)), "random numbers")
 middle(
@@ -66,7 +66,7 @@ middle("differences", lambda h, n: h - jnp.diff(h, prepend=0.0), "cuts across it
 middle("fft", lambda h, n: jnp.fft.fft(h).real, "`fft` transforms")
 middle("argmax", lambda h, n: h * jnp.argmax(h, -1, keepdims=True), "`argmax` counts places")
 middle("argmax_of_rows", lambda h, n: h * (1 + jnp.argmax(h, 0)))
-middle("first_unit", lambda h, n: h * h[:, :1], "is no multiple")
+middle("first_unit", lambda h, n: h * h[:, :1])
 middle("every_other_unit", lambda h, n: h * jnp.repeat(lax.slice_in_dim(h, 0, n, 2, 1), 2, -1))
 middle("halves", lambda h, n: jnp.tile(h[:, : n // 2] * h[:, n // 2 :], 2))
 middle("interleaved", lambda h, n: jnp.stack(jnp.split(h, 2, -1), -1).reshape(len(h), n))
@@ -200,7 +200,7 @@ middle("atan2", lambda h, n: h * jnp.arctan2(h.sum(-1), 2 * h.sum(-1))[:, None])
 middle(
     "atan2_of_one",
     lambda h, n: h * jnp.arctan2(h.sum(-1), h[:, 0] * 0 + 1)[:, None],
-    "is no multiple",
+    "equally often",
 )
 middle(
     "gamma_of_sum",

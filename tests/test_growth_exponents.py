@@ -138,10 +138,24 @@ def test_the_clash_is_minimal():
 
 
 def test_a_size_that_is_no_multiple():
-    text = refusal(relu_net, layers(5, 48, 3, bias=True), layers(5, 77, 3, bias=True), f32(2, 5))
-    assert "48 (small), 77 (big)" in text
-    assert "no multiple" in text
-    assert "dimension 1 of 0/kernel" in text
+    def apply(params, x):
+        h = x @ params["in"]
+        return (h - jnp.mean(h, -1, keepdims=True)) ** 2 @ params["out"]
+
+    shapes = lambda n: {"in": f32(5, n), "out": f32(n, 3)}  # noqa: E731
+    text = refusal(apply, shapes(48), shapes(77), f32(2, 5))
+    assert "48 (small), 77 (big) is no multiple" in text
+    assert "it is dimension 1 of in, dimension 0 of out" in text
+    assert "`reduce_sum` needs every unit repeated equally often" in text
+    assert f"test_growth_exponents.py:{inspect.getsourcelines(apply)[1] + 2}" in text
+
+
+def test_smaller_and_swapped():
+    text = refusal(relu_net, layers(5, 48, 3, bias=True), layers(5, 24, 3, bias=True), f32(2, 5))
+    assert "smaller than the small one in every size" in text
+    sizes = [layers(*n, bias=True) for n in ((5, 6, 8, 3), (5, 12, 4, 3))]
+    text = refusal(relu_net, *sizes, f32(2, 5))
+    assert "8 (small), 4 (big): is smaller in the big model" in text
 
 
 def test_a_fixed_axis_says_where_and_why():

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any, NamedTuple, overload
 
 import jax
-import numpy as np
 
 from uscale_jax import _tree
 from uscale_jax._table import table
 from uscale_jax._types import Apply, Tree
 from uscale_jax.trace import affine, keep, layout, scaling
-from uscale_jax.trace.description import Dims
-from uscale_jax.trace.equations import Cells, System, each_cell
+from uscale_jax.trace.equations import System
+from uscale_jax.trace.growth import leaf_growths, product
 from uscale_jax.trace.program import Value
 from uscale_jax.trace.tracing import Model, Traced, output_names, trace
 
@@ -197,8 +196,8 @@ def trace_exponents(
 
     Raises:
       ValueError: with ``big``: the two models are different programs or have different trees, an
-        axis has another size that cannot change (and why, with its source line), a size is no
-        multiple, or the equations contradict each other (a smallest set that does, in words).
+        axis has another size that cannot change (and why, with its source line), a size is
+        smaller, or the equations contradict each other (a smallest set that does, in words).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -263,25 +262,14 @@ def _obstacle(violation: scaling.Violation) -> Obstacle:
     return Obstacle(text if source is None else f"{text} at {source}", violation.words)
 
 
-def _per_leaf(traced: Traced, cells: Sequence[Cells], program: int) -> Tree:
-    """Numbers per cell as a tree like the parameters."""
-    values = traced.structure.program.inputs
-    leaves = [
-        layout.spread(numbers, traced.structure.of(value), program)
-        for numbers, value in zip(cells, values, strict=False)
-    ]
-    return jax.tree.unflatten(traced.treedef, leaves)
-
-
 def _growth(traced: Traced) -> GrowthExponents:
-    solution = keep.solve(traced)
+    growths = leaf_growths(keep.solve(traced))
     tree = partial(jax.tree.unflatten, traced.treedef)
     leaves = traced.structure.program.inputs[: len(traced.leaves)]
-    dims = map(traced.structure.of, leaves)
     return GrowthExponents(
-        factors=_per_leaf(traced, [each_cell(c, affine.factor) for c in solution.cells], -1),
-        shifts=tree([solution.system.shifts.get(i, 0.0) for i in range(len(leaves))]),
-        words=tree([_words(c, d) for c, d in zip(solution.cells, dims, strict=True)]),
+        factors=tree([product(growth.factors) for growth in growths]),
+        shifts=tree([growth.shift for growth in growths]),
+        words=tree([growth.words for growth in growths]),
         small=tree([_shape(leaf, 0) for leaf in leaves]),
         big=tree([_shape(leaf, -1) for leaf in leaves]),
     )
@@ -289,15 +277,3 @@ def _growth(traced: Traced) -> GrowthExponents:
 
 def _shape(value: Value, program: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct([size[program] for size in value.shape], value.dtype)
-
-
-def _words(cells: Cells, dims: Dims) -> str:
-    """The factor of a leaf; where its parts differ, of those that take any."""
-    words = each_cell(cells, lambda cell: affine.words(cell, {}))
-    if all(word == words.flat[0] for word in words.flat):
-        return str(words.flat[0])
-    return ", ".join(
-        f"{words[place]} on {layout.cell_name(dims, place, cells.shape, -1)}"
-        for place in np.ndindex(cells.shape)
-        if words[place] != "1"
-    )

@@ -19,6 +19,9 @@ Expr: TypeAlias = "dict[Symbol, Number]"
 
 ZERO: Expr = {}
 
+COPIES = "copies"
+"""The symbol of how often a unit is repeated, where that is not equally often for all."""
+
 
 def plus(a: Mapping[Symbol, Number], b: Mapping[Symbol, Number], times: Number = 1) -> Expr:
     """Returns ``a + times * b``."""
@@ -122,8 +125,8 @@ def _whole(x: Fraction) -> Number:
 
 
 def log_value(symbol: str) -> float:
-    """Returns the number that a known symbol stands for; 1 for k."""
-    if symbol == "k":
+    """Returns the number that a known symbol stands for; 1 for k and for copies."""
+    if symbol in ("k", COPIES):
         return 1.0
     return float(symbol[1:]) if symbol.startswith("~") else math.log(int(symbol))
 

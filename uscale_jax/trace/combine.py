@@ -9,7 +9,7 @@ import numpy as np
 
 from uscale_jax.trace import affine
 from uscale_jax.trace.affine import ZERO, Expr, plus, scaled
-from uscale_jax.trace.atoms import alternatives, is_opaque, monomials
+from uscale_jax.trace.atoms import Atom, alternatives, is_opaque, monomials
 from uscale_jax.trace.description import Dims, Kind, Labelled, Scale
 from uscale_jax.trace.equations import Cell, Cells, System, log_ratio, one_cell
 from uscale_jax.trace.program import Equation, Value
@@ -40,6 +40,7 @@ class Walk(Protocol):
     """What an equation needs to know of the walk it is part of."""
 
     system: System
+    uneven: frozenset[Atom]
 
     def cells(self, value: Value, source: Source | None = None) -> Cells:
         """Return the cells of a value."""
@@ -160,7 +161,7 @@ class Labels:
     def _added(self, cells: Cells) -> Cells:
         """Adding up over an axis that grows r-fold multiplies by r."""
         for atom in self.what.summed:
-            ratios = [log_ratio(monomial) for monomial in monomials((atom,))]
+            ratios = [log_ratio(cell, self.walk.uneven) for cell in monomials((atom,))]
             if not any(ratios):
                 continue
             axis = self.place[id(atom)]
@@ -196,7 +197,8 @@ class Labels:
 
     def _contraction(self) -> Expr:
         first = [next(iter(monomials((atom,)))) for atom in self.what.summed]
-        return scaled(log_ratio(atom for monomial in first for atom in monomial), -1)
+        atoms = (atom for monomial in first for atom in monomial)
+        return scaled(log_ratio(atoms, self.walk.uneven), -1)
 
 
 def _powers(walk: Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]) -> Cell:

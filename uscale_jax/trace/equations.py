@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
@@ -64,6 +64,15 @@ class System:
         if expr:
             self.requirements.append(Requirement(expr, text, source))
 
+    def wishes(self) -> dict[int, Expr]:
+        """Return what all uses of a parameter cell would have it be, where they agree."""
+        uses = self.suggestions.items()
+        return {u: wish[0] for u, wish in uses if all(w == wish[0] for w in wish)}
+
+    def weights(self) -> list[float]:
+        """Return how much it counts that an unknown is not as wished for; auxiliary ones do not."""
+        return [1.0 if name else 0.0 for name in self.names]
+
 
 def one_cell(cell: Cell, ndim: int) -> Cells:
     """Returns the cells of a value that is one cell."""
@@ -80,11 +89,14 @@ def each_cell(cells: Cells, fun: Callable[[Any], Any]) -> Cells:
     return out
 
 
-def log_ratio(atoms: Iterable[Atom]) -> Expr:
-    """Returns by how much a product of atoms grows from the small program to the big one."""
+def log_ratio(atoms: Iterable[Atom], uneven: Container[Atom] = ()) -> Expr:
+    """Returns by how much a product of atoms grows from the small program to the big one.
+
+    Sums over ``uneven`` atoms do not become multiples (:mod:`uscale_jax.trace.uneven`).
+    """
     total = ZERO
     for atom in atoms:
-        if atom.size[0] != atom.size[-1]:
+        if atom.size[0] != atom.size[-1] and atom not in uneven:
             total = plus(total, affine.log_of(Fraction(atom.size[-1], atom.size[0])))
     return total
 
@@ -102,6 +114,11 @@ def constant_cell(numbers: Sequence[Any], dtype: Any) -> Cell:
     if ratio.imag or not np.isfinite(ratio.real) or ratio.real <= 0:
         raise ValueError(f"{small} (small), {big} (big)")
     return affine.log_of_constants(abs(small), abs(big), float(jnp.finfo(dtype).eps))
+
+
+def is_absorbing(numbers: Sequence[Any]) -> bool:
+    """Returns whether a constant is one that no factor changes: zero, infinity, NaN."""
+    return all(not np.isfinite(number) or number == 0 for number in numbers)
 
 
 def same_number(a: Any, b: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from uscale_jax.trace import shifts
 from uscale_jax.trace.affine import ZERO, Expr, plus
-from uscale_jax.trace.atoms import alternatives, is_opaque
+from uscale_jax.trace.atoms import Atom, alternatives, is_opaque
 from uscale_jax.trace.axes import Structure
 from uscale_jax.trace.combine import LAYOUT, Labels
 from uscale_jax.trace.description import Blocks, Labelled, Regrouped
@@ -39,13 +39,21 @@ from uscale_jax.trace.source import Source
 _LONG = 12
 
 
-def build(structure: Structure, leaf_names: Sequence[str], *, shifting: bool = False) -> System:
+def build(
+    structure: Structure,
+    leaf_names: Sequence[str],
+    *,
+    shifting: bool = False,
+    uneven: frozenset[Atom] = frozenset(),
+) -> System:
     """Returns the equations of a program whose first inputs are the parameters ``leaf_names``.
 
     With ``shifting``, factors of leaves that are only read as ``c + leaf`` are factors of the sum.
+    Axes whose units are not repeated equally often are ``uneven``.
     """
     none = shifts.Shifts({}, frozenset())
-    walk = _Walk(structure, shifts.find(structure.program, len(leaf_names)) if shifting else none)
+    shifted = shifts.find(structure.program, len(leaf_names)) if shifting else none
+    walk = _Walk(structure, shifted, uneven)
     for value, name in zip(structure.program.inputs, leaf_names, strict=False):
         walk.add_leaf(value, name)
     for value in structure.program.captured:
@@ -59,9 +67,12 @@ def build(structure: Structure, leaf_names: Sequence[str], *, shifting: bool = F
 class _Walk:
     """Carries cells through a program."""
 
-    def __init__(self, structure: Structure, shifted: shifts.Shifts) -> None:
+    def __init__(
+        self, structure: Structure, shifted: shifts.Shifts, uneven: frozenset[Atom]
+    ) -> None:
         self.structure = structure
         self.shifted = shifted
+        self.uneven = uneven
         self.system = System(shifts=shifted.by_leaf)
         self.known: dict[int, Cells] = {}
         self.views: dict[int, bool] = {}

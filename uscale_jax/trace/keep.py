@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
-from uscale_jax.trace.affine import Expr
+from uscale_jax.trace.atoms import Atom
 from uscale_jax.trace.equations import NEVER, Cells, Requirement, System, each_cell
-from uscale_jax.trace.sizes import check_sizes
+from uscale_jax.trace.sizes import check_sizes, describe_places, places, uneven
 from uscale_jax.trace.tracing import Traced, output_names
+from uscale_jax.trace.uneven import Powers, Unequal, powers
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Solution:
     system: System
     cells: list[Cells]
     """Per leaf, expressions without unknowns."""
+    copies: list[Powers]
+    """Per leaf, the power of the number of copies along axes with unequally many."""
 
 
 def solve(traced: Traced) -> Solution:
@@ -33,34 +36,45 @@ def solve(traced: Traced) -> Solution:
     have it be: a kernel contracted over an axis that grows r-fold takes 1/r, anything else 1.
 
     Raises:
-      ValueError: an axis that is fixed has another size in the big model, a size is no multiple,
-        or equations contradict each other.
+      ValueError: an axis that is fixed has another size in the big model, a size is smaller, or
+        equations contradict each other.
     """
     check_sizes(traced)
-    system = factors.build(
-        traced.structure, [_tree.name(key) for key in traced.keys], shifting=True
-    )
+    names = [_tree.name(key) for key in traced.keys]
+    apart = uneven(traced)
+    copies = _copies(traced, apart)
+    system = factors.build(traced.structure, names, shifting=True, uneven=apart)
     wanted = [*system.requirements, *_same_outputs(traced, system)]
     try:
         found = linear.nearest(
-            [requirement.expr for requirement in wanted], wishes(system), weights(system)
+            [requirement.expr for requirement in wanted], system.wishes(), system.weights()
         )
     except linear.Clash as clash:
         raise ValueError(clash_text([wanted[i] for i in clash.members], system)) from None
     cells = [
         each_cell(cells, lambda cell: affine.total(cell, found)) for cells in system.leaf_cells
     ]
-    return Solution(traced, system, cells)
+    return Solution(traced, system, cells, copies)
 
 
-def wishes(system: System) -> dict[int, Expr]:
-    """Returns what all uses of a parameter cell would have it be, where they agree."""
-    return {u: uses[0] for u, uses in system.suggestions.items() if all(w == uses[0] for w in uses)}
+def _copies(traced: Traced, apart: frozenset[Atom]) -> list[Powers]:
+    try:
+        return powers(traced, apart)
+    except Unequal as unequal:
+        raise ValueError(_unequal_text(traced, unequal)) from None
 
 
-def weights(system: System) -> list[float]:
-    """Returns how much it counts that an unknown is not as wished for; auxiliary ones do not."""
-    return [1.0 if name else 0.0 for name in system.names]
+def _unequal_text(traced: Traced, unequal: Unequal) -> str:
+    """Returns which axes need their units repeated equally often, where they are, and why."""
+    lines = ["the big model has sizes for which units would not be repeated equally often."]
+    where = places(traced)
+    for atom in dict.fromkeys(unequal.atoms):
+        lines.append(f"  {atom.size[0]} (small), {atom.size[-1]} (big) is no multiple")
+        lines.append(f"    {describe_places(where.get(atom, []))}")
+    for _, text, source in unequal.members:
+        lines.append(f"  {text}" + ("" if source is None else f" at {source}"))
+    lines.append("Expected: a multiple of the small size. Fix: change the size in the big model.")
+    return "\n".join(lines)
 
 
 def _same_outputs(traced: Traced, system: System) -> list[Requirement]:

@@ -20,21 +20,27 @@ def places(traced: Traced) -> dict[Atom, list[tuple[str, int]]]:
 
 
 def check_sizes(traced: Traced) -> None:
-    """Refuses sizes that differ where they cannot, or that are no multiples.
+    """Refuses sizes that differ where they cannot, or that are smaller in the big model.
 
     Raises:
       ValueError: naming the axes, their places, and why.
     """
-    wrong = [(atom, why) for atom in changing(traced) if (why := _objection(atom))]
+    changed = changing(traced)
+    wrong = [(atom, why) for atom in changed if (why := _objection(atom))]
     if not wrong:
         return
+    if all(atom.size[-1] < atom.size[0] for atom in changed):
+        raise ValueError(
+            "the big model is smaller than the small one in every size that differs. Expected: "
+            "the small model first. Fix: swap them."
+        )
     where = places(traced)
     lines = ["the big model has sizes that the small one cannot grow to."]
     for atom, why in wrong[:8]:
         lines.append(f"  {atom.size[0]} (small), {atom.size[-1]} (big): {why}")
         lines.append(f"    {describe_places(where.get(atom, []))}")
     lines += [f"  and {len(wrong) - 8} axes more"] if len(wrong) > 8 else []
-    lines.append("Expected: fixed axes as they are, free ones multiplied. Fix: change those sizes.")
+    lines.append("Expected: fixed axes as they are, free ones larger. Fix: change those sizes.")
     raise ValueError("\n".join(lines))
 
 
@@ -58,9 +64,14 @@ def _objection(atom: Atom) -> str | None:
         return None
     if atom.fixed is not None:
         return str(atom.fixed)
-    if atom.size[-1] % atom.size[0]:
-        return "is no multiple, so that units would not be repeated equally often"
+    if atom.size[-1] < atom.size[0]:
+        return "is smaller in the big model"
     return None
+
+
+def uneven(traced: Traced) -> frozenset[Atom]:
+    """Returns the axes whose units cannot all be repeated equally often."""
+    return frozenset(atom for atom in changing(traced) if atom.size[-1] % atom.size[0])
 
 
 def describe_places(where: list[tuple[str, int]]) -> str:

@@ -1,0 +1,142 @@
+"""What growth does to every parameter leaf: index maps, factors, numbers of copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from uscale_jax.trace import affine, layout
+from uscale_jax.trace.atoms import Atom, Dim, dim_size, monomials
+from uscale_jax.trace.description import Dims
+from uscale_jax.trace.equations import Cells, each_cell
+from uscale_jax.trace.keep import Solution
+from uscale_jax.trace.layout import Places, cell_of_place
+
+Term: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+"""Numbers that broadcast against a leaf."""
+
+Shares: TypeAlias = Callable[[Atom, Places], Any]
+"""Per place of an axis, which part of its unit a copy is; copies of a unit sum to 1."""
+
+
+class LeafGrowth(NamedTuple):
+    """How a leaf of the big model is made from that of the small one.
+
+    ``W' = f·(shift + W)[maps] − shift`` with f the product of ``factors``.
+    """
+
+    maps: tuple[Places | None, ...]
+    """Per dimension, the place in the small leaf of every place in the big one; None for all."""
+    factors: tuple[Term, ...]
+    copies: tuple[Term, ...]
+    """Their product is the number of copies of every element, or 1 over its share."""
+    shift: float
+    words: str
+    """The factor in words."""
+
+
+class _Line(NamedTuple):
+    """What happens along one dimension."""
+
+    old: Places
+    copies: Term
+    weight: Term
+
+
+def equal_shares(atom: Atom, old: Places) -> Any:
+    """Returns 1 over the number of copies of each unit."""
+    return 1.0 / np.bincount(old, minlength=atom.size[0])[old]
+
+
+def unit_map(atom: Atom) -> Places:
+    """Returns the unit of the small model that every place of the big one is a copy of."""
+    small, big = atom.size[0], atom.size[-1]
+    return np.arange(big) * small // big
+
+
+def leaf_growths(solution: Solution, shares: Shares = equal_shares) -> list[LeafGrowth]:
+    """Returns the growth of every leaf."""
+    structure = solution.traced.structure
+    found = []
+    for i, cells in enumerate(solution.cells):
+        value = structure.program.inputs[i]
+        dims, powers = structure.of(value), solution.copies[i]
+        lines = [_line(d, p, shares) for d, p in zip(dims, powers, strict=True)]
+        sizes = [dim_size(dim, 2) for dim in dims]
+        maps = tuple(
+            None if small == big and np.array_equal(line.old, np.arange(big)) else line.old
+            for line, (small, big) in zip(lines, sizes, strict=True)
+        )
+        factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
+        words = _words(cells, dims, [line.weight for line in lines])
+        shift = solution.system.shifts.get(i, 0.0)
+        copies = _terms([line.copies for line in lines])
+        if not value.scales:
+            factors, words = (), "1"
+        found.append(LeafGrowth(maps, factors, copies, shift, words))
+    return found
+
+
+def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], shares: Shares) -> _Line:
+    """Places of one cell, in order, are the row-major product of the cell's atoms."""
+    cells = [cell_of_place(dim, program) for program in (0, -1)]
+    count = len(cells[1])
+    line = _Line(np.zeros(count, np.int64), np.ones(count), np.ones(count))
+    for cell, atoms in enumerate(monomials(dim)):
+        small, big = (np.flatnonzero(each == cell) for each in cells)
+        local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
+        for atom, power in zip(atoms, powers[cell], strict=True):
+            old = unit_map(atom)
+            share = shares(atom, old)
+            local = (local[:, None] * atom.size[0] + old).reshape(-1)
+            copies = (copies[:, None] / share).reshape(-1)
+            weight = (weight[:, None] * share ** float(-power)).reshape(-1)
+        line.old[big], line.copies[big], line.weight[big] = small[local], copies, weight
+    return line
+
+
+def _cell_factors(cells: Cells, dims: Dims) -> tuple[Term, ...]:
+    found = layout.spread(each_cell(cells, affine.factor), dims, -1)
+    return () if isinstance(found, float) and found == 1.0 else (np.asarray(found),)
+
+
+def _terms(vectors: Sequence[Term]) -> tuple[Term, ...]:
+    """Vectors along dimensions as arrays that broadcast; those that are one number as one."""
+    number = math.prod(float(v.flat[0]) for v in vectors if _constant(v))
+    found = [] if number == 1.0 else [np.asarray(number)]
+    for i, vector in enumerate(vectors):
+        if not _constant(vector):
+            found.append(vector.reshape([-1 if j == i else 1 for j in range(len(vectors))]))
+    return tuple(found)
+
+
+def _constant(vector: Term) -> bool:
+    return bool(vector.size) and bool(np.all(vector == vector.flat[0]))
+
+
+def _words(cells: Cells, dims: Dims, weights: Sequence[Term]) -> str:
+    """The factor of a leaf; where its parts differ, of those that take any."""
+    words = each_cell(cells, lambda cell: affine.words(cell, {}))
+    uneven = [i for i, weight in enumerate(weights) if weight.size and np.any(weight != 1)]
+    shares = [f"shares along dimension {i}" for i in uneven]
+    if all(word == words.flat[0] for word in words.flat):
+        number = str(words.flat[0])
+        return " · ".join(([] if number == "1" and shares else [number]) + shares)
+    parts = ", ".join(
+        f"{words[place]} on {layout.cell_name(dims, place, cells.shape, -1)}"
+        for place in np.ndindex(cells.shape)
+        if words[place] != "1"
+    )
+    return " · ".join([parts, *shares])
+
+
+def product(terms: Sequence[Term]) -> Any:
+    """Returns the product of terms: a float, or an array that broadcasts against the leaf."""
+    total = np.asarray(1.0)
+    for term in terms:
+        total = total * term
+    return float(total) if total.ndim == 0 else total
