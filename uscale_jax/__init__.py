@@ -24,9 +24,17 @@ from uscale_jax._exponents import Obstacle as Obstacle
 from uscale_jax._exponents import Symmetry as Symmetry
 from uscale_jax._exponents import TracedExponents as TracedExponents
 from uscale_jax._exponents import trace_exponents as trace_exponents
+from uscale_jax._grow import grow as grow
 from uscale_jax._homogeneous import homogeneous_exponents as homogeneous_exponents
 from uscale_jax._learning_rate import UnitScaleState as UnitScaleState
 from uscale_jax._learning_rate import unit_scale_lr as unit_scale_lr
+from uscale_jax._plan import LeafPlan as LeafPlan
+from uscale_jax._plan import Plan as Plan
+from uscale_jax._plan import PlanAxis as PlanAxis
+from uscale_jax._planning import plan as plan
+from uscale_jax._shrink import shrink as shrink
 from uscale_jax._values import scale_params as scale_params
+from uscale_jax._verify import Verification as Verification
+from uscale_jax._verify import verify as verify
 
 __version__ = "0.1.0"

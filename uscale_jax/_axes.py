@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uscale_jax import _tree
-from uscale_jax._table import table
+from uscale_jax._table import places_words, shape_words, table
 from uscale_jax._types import Apply, Tree
 from uscale_jax.trace import atoms
 from uscale_jax.trace.atoms import Atom, Dim
@@ -80,10 +80,17 @@ class Axes:
     def __str__(self) -> str:
         """Return a table of leaves and a table of axes."""
         leaves = [
-            (name, _times(d.size for d in dims), _times(dims)) for name, dims in self.leaves.items()
+            (name, shape_words(d.size for d in dims), shape_words(dims))
+            for name, dims in self.leaves.items()
         ]
         axes = [
-            (axis.name, str(axis.size), "free" if axis.free else "fixed", _where(axis), axis.why)
+            (
+                axis.name,
+                str(axis.size),
+                "free" if axis.free else "fixed",
+                places_words(axis.places),
+                axis.why,
+            )
             for axis in self.axes
         ]
         return "\n\n".join(
@@ -92,16 +99,6 @@ class Axes:
                 table(("axis", "size", "", "places", "why"), axes),
             ]
         )
-
-
-def _times(dims: Any) -> str:
-    return " × ".join(map(str, dims)) or "scalar"
-
-
-def _where(axis: Axis, most: int = 3) -> str:
-    shown = [f"{leaf}[{dim}]" for leaf, dim in axis.places[:most]]
-    more = len(axis.places) - most
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def trace_axes(apply: Apply, params: Tree, *inputs: Any) -> Axes:
@@ -164,7 +161,7 @@ def trace_axes(apply: Apply, params: Tree, *inputs: Any) -> Axes:
 
 def read_axes(traced: Traced) -> Axes:
     """Returns the axes of a traced model (of the first one, if it was traced with another)."""
-    named = _named_axes(places(traced))
+    named = named_axes(places(traced))
     leaves = {
         _tree.name(key): tuple(_dimension(dim, named) for dim in traced.structure.of(value))
         for key, value in zip(traced.keys, traced.structure.program.inputs, strict=False)
@@ -172,7 +169,8 @@ def read_axes(traced: Traced) -> Axes:
     return Axes(leaves, tuple(named.values()))
 
 
-def _named_axes(where: Mapping[Atom, list[tuple[str, int]]]) -> dict[Atom, Axis]:
+def named_axes(where: Mapping[Atom, list[tuple[str, int]]]) -> dict[Atom, Axis]:
+    """Returns axes with letters, given where each occurs."""
     names = _letters()
     named = {}
     for atom, at in where.items():

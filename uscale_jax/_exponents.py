@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, overload
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 import jax
 
 from uscale_jax import _tree
-from uscale_jax._table import table
+from uscale_jax._table import shape_words, table
 from uscale_jax._types import Apply, Tree
 from uscale_jax.trace import affine, keep, layout, scaling
 from uscale_jax.trace.equations import System
@@ -130,7 +130,7 @@ class GrowthExponents:
         keys, words, _ = _tree.flatten_named(self.words)
         shifts, small, big = map(jax.tree.leaves, (self.shifts, self.small, self.big))
         rows = [
-            (_tree.name(key), _times(a.shape), _times(b.shape), _on(factor, shift))
+            (_tree.name(key), shape_words(a.shape), shape_words(b.shape), _on(factor, shift))
             for key, factor, shift, a, b in zip(keys, words, shifts, small, big, strict=True)
         ]
         return table(("leaf", "small", "big", "factor"), rows)
@@ -138,10 +138,6 @@ class GrowthExponents:
 
 def _on(factor: str, shift: float) -> str:
     return factor if factor == "1" or not shift else f"{factor} on {shift:g} + leaf"
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"
 
 
 @overload

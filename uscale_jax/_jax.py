@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
-from jax.extend.core import jaxpr_as_fun, primitives
+from jax.extend.core import Var, jaxpr_as_fun, primitives
 
 
 def is_traced(x: Any) -> bool:
@@ -175,3 +175,39 @@ def shard_counts(spec: Any, ndim: int, mesh: Any) -> list[int]:
     entries = [*spec, *[None] * (ndim - len(spec))]
     named = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
     return [math.prod(mesh.shape[axis] for axis in axes) for axes in named]
+
+
+def new_variable(aval: Any, resized: Mapping[int, int] | None = None) -> Any:
+    """Returns a variable that no program has yet, of a type but for the sizes in ``resized``.
+
+    Variables are told apart by identity and made from their type alone (JAX 0.9 to 0.12:
+    ``Var(aval)``); ``aval.update`` keeps what else a type says (dtype, weak type, sharding).
+    """
+    if resized:
+        shape = [resized.get(dim, size) for dim, size in enumerate(aval.shape)]
+        aval = aval.update(shape=(*shape,))
+    return Var(aval)
+
+
+def rebuilt(eqn: JaxprEqn, **parts: Any) -> JaxprEqn:
+    """Returns an equation with other ``invars``, ``outvars``, ``params`` or ``source_info``.
+
+    What is left out stays (JAX 0.9 to 0.12: ``JaxprEqn.replace``); its types are not checked.
+    """
+    return eqn.replace(**parts)
+
+
+def with_equations(
+    closed: ClosedJaxpr, eqns: Sequence[JaxprEqn], consts: Mapping[Any, Any], **parts: Any
+) -> ClosedJaxpr:
+    """Returns a program of other equations, and of other ``invars`` or ``outvars`` where given.
+
+    ``consts`` are its constants by variable (JAX 0.9 to 0.12: ``Jaxpr.replace``).
+    """
+    jaxpr = closed.jaxpr.replace(eqns=[*eqns], constvars=[*consts], **parts)
+    return ClosedJaxpr(jaxpr, [*consts.values()])
+
+
+def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
+    """Returns the outputs of a program, as a list."""
+    return list(jaxpr_as_fun(closed)(*args))

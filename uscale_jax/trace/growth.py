@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,9 +19,6 @@ from uscale_jax.trace.layout import Places, cell_of_place
 Term: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 """Numbers that broadcast against a leaf."""
 
-Shares: TypeAlias = Callable[[Atom, Places], Any]
-"""Per place of an axis, which part of its unit a copy is; copies of a unit sum to 1."""
-
 
 class LeafGrowth(NamedTuple):
     """How a leaf of the big model is made from that of the small one.
@@ -33,7 +30,7 @@ class LeafGrowth(NamedTuple):
     """Per dimension, the place in the small leaf of every place in the big one; None for all."""
     factors: tuple[Term, ...]
     copies: tuple[Term, ...]
-    """Their product is the number of copies of every element, or 1 over its share."""
+    """Their product is the number of copies of every element."""
     shift: float
     words: str
     """The factor in words."""
@@ -47,25 +44,20 @@ class _Line(NamedTuple):
     weight: Term
 
 
-def equal_shares(atom: Atom, old: Places) -> Any:
-    """Returns 1 over the number of copies of each unit."""
-    return 1.0 / np.bincount(old, minlength=atom.size[0])[old]
-
-
 def unit_map(atom: Atom) -> Places:
     """Returns the unit of the small model that every place of the big one is a copy of."""
     small, big = atom.size[0], atom.size[-1]
     return np.arange(big) * small // big
 
 
-def leaf_growths(solution: Solution, shares: Shares = equal_shares) -> list[LeafGrowth]:
+def leaf_growths(solution: Solution) -> list[LeafGrowth]:
     """Returns the growth of every leaf."""
     structure = solution.traced.structure
     found = []
     for i, cells in enumerate(solution.cells):
         value = structure.program.inputs[i]
         dims, powers = structure.of(value), solution.copies[i]
-        lines = [_line(d, p, shares) for d, p in zip(dims, powers, strict=True)]
+        lines = [_line(d, p) for d, p in zip(dims, powers, strict=True)]
         sizes = [dim_size(dim, 2) for dim in dims]
         maps = tuple(
             None if small == big and np.array_equal(line.old, np.arange(big)) else line.old
@@ -81,7 +73,7 @@ def leaf_growths(solution: Solution, shares: Shares = equal_shares) -> list[Leaf
     return found
 
 
-def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], shares: Shares) -> _Line:
+def _line(dim: Dim, powers: Sequence[Sequence[Fraction]]) -> _Line:
     """Places of one cell, in order, are the row-major product of the cell's atoms."""
     cells = [cell_of_place(dim, program) for program in (0, -1)]
     count = len(cells[1])
@@ -91,10 +83,10 @@ def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], shares: Shares) -> _Li
         local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
         for atom, power in zip(atoms, powers[cell], strict=True):
             old = unit_map(atom)
-            share = shares(atom, old)
+            each = np.bincount(old, minlength=atom.size[0])[old].astype(float)
             local = (local[:, None] * atom.size[0] + old).reshape(-1)
-            copies = (copies[:, None] / share).reshape(-1)
-            weight = (weight[:, None] * share ** float(-power)).reshape(-1)
+            copies = (copies[:, None] * each).reshape(-1)
+            weight = (weight[:, None] * each ** float(power)).reshape(-1)
         line.old[big], line.copies[big], line.weight[big] = small[local], copies, weight
     return line
 

@@ -10,7 +10,8 @@ equal: it is enough that their shares sum to 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import enum
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any, TypeAlias
@@ -62,25 +63,45 @@ def powers(traced: Traced, uneven: frozenset[Atom]) -> list[Powers]:
     return [[[[power(t) for t in cell] for cell in dim] for dim in leaf] for leaf in leaves]
 
 
-def readers(traced: Traced, changing: frozenset[Atom]) -> list[list[bool]]:
-    """Returns, per leaf and dimension, whether a leaf is only ever summed over the axes there.
+class Role(enum.Enum):
+    """What is known of how a parameter is used along a dimension that grows."""
 
-    What is added to such a leaf changes nothing as long as it sums to zero over the copies of
-    every unit, for they are all multiplied by the same.  Dimensions without ``changing`` axes are
-    no such ones.
-    """
+    OTHER = "other"
+    READER = "reader"
+    """It is only ever summed over: what sums to 0 over the copies of every unit changes nothing."""
+    SWITCH = "switch"
+    """A reader of units that sums against readers are all that becomes of: 0 there drops a unit."""
+    UNIT = "unit"
+    """It makes such units."""
+
+
+def roles(traced: Traced, changing: frozenset[Atom]) -> list[tuple[Role, ...]]:
+    """Returns, per leaf and dimension, what is known of the ``changing`` axes there."""
     walk = _Walk(traced, changing)
     leaves = walk.run()
     for value in traced.structure.program.outputs:
         if id(value) in walk.views:
             walk.used(walk.along(value, traced.structure.of(value)), summed=False)
-    only = walk.summed - walk.unsummed
-    return [[_all_in(only, dim) for dim in leaf] for leaf in leaves]
+    readers = walk.summed - walk.unsummed
+    kept = {atom for atom, by in walk.reductions if not by <= readers}
+    return [
+        tuple(_role(readers, changing - kept, dim, d) for dim, d in zip(leaf, dims, strict=True))
+        for leaf, dims in zip(
+            leaves, map(traced.structure.of, traced.structure.program.inputs), strict=False
+        )
+    ]
 
 
-def _all_in(chosen: set[Any], dim: Along) -> bool:
-    unknowns = [next(iter(power), None) for cell in dim for power in cell if power is not None]
-    return bool(unknowns) and all(u in chosen for u in unknowns)
+def _role(readers: set[Any], units: Collection[Atom], along: Along, dim: Dim) -> Role:
+    atoms = [atom for cell in monomials(dim) for atom in cell]
+    powers = [power for cell in along for power in cell]
+    known = [(a, p) for a, p in zip(atoms, powers, strict=True) if p is not None]
+    if not known or not all(known_power for _, known_power in known):
+        return Role.OTHER
+    alone = all(atom in units for atom, _ in known)
+    if all(next(iter(power or ())) in readers for _, power in known):
+        return Role.SWITCH if alone else Role.READER
+    return Role.UNIT if alone else Role.OTHER
 
 
 class _Walk:
@@ -95,6 +116,7 @@ class _Walk:
         self.culprits: list[Atom] = []
         self.summed: set[Any] = set()
         self.unsummed: set[Any] = set()
+        self.reductions: list[tuple[Atom, set[Any]]] = []
         self.shifted = shifts.find(traced.structure.program, len(traced.keys)).equations
 
     def run(self) -> list[list[Along]]:
@@ -366,6 +388,15 @@ class _Labels:
                     for power, inner in zip(cell, atoms, strict=True):
                         if power is not None:
                             self.walk.require(plus(power, extra), self.eqn, text, inner)
+                            self.walk.reductions.append((inner, self._by(atom)))
+
+    def _by(self, atom: Atom) -> set[Any]:
+        """The parameter along an axis that a sum over it is a product with; "" if there is none."""
+        views = [i for i, value in enumerate(self.eqn.inputs) if id(value) in self.walk.views]
+        if len(views) != 1 or len(self.eqn.inputs) < 2:
+            return {""}
+        along = self._by_atom(self.eqn.inputs[views[0]], self.what.operands[views[0]])
+        return {u for c in along.get(id(atom), [[{"": 1}]]) for power in c for u in power or ()}
 
     def _suggest(self) -> None:
         """A kernel contracted over an axis takes 1/copies along it; anything else nothing."""

@@ -1,0 +1,254 @@
+"""grow: the parameters of a larger model from those of a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from uscale_jax import _factors, _jax, _symmetry, _tree
+from uscale_jax._plan import NEW_MEAN, LeafPlan, Plan
+from uscale_jax._symmetry import AMOUNTS, Dimensions
+from uscale_jax._types import Key, Tree
+
+
+def grow(
+    params: Tree,
+    plan: Plan,
+    *,
+    symmetry: str | None = None,
+    amount: float | None = None,
+    key: jax.Array | None = None,
+    verify: bool = True,
+) -> Tree:
+    r"""Returns the parameters of the big model of a plan, the same function as the small one.
+
+    .. math:: W' = m\,(c + W)[\mathrm{maps}] - c
+
+    Copies of a unit are equal at first and, with an optimizer that treats equal things equally,
+    stay equal.  ``symmetry`` makes them differ without changing the function:
+
+    =================  =====================================================================
+    ``"noise"``        what reads the copies gets normal noise that sums to 0 over the copies
+                       of every unit; ``amount`` is its RMS relative to the leaf's (0.1)
+    ``"uneven"``       what reads the copies is split unevenly: a share ``amount`` (1/3) for the
+                       first copy, the rest in equal parts for the others
+    ``"zero_fan_out"`` new units are fresh (normal, ``amount`` times the leaf's RMS) and what
+                       reads them is 0
+    ``"paired"``       new units come in fresh pairs of equal ones that are read with opposite
+                       signs; one left over is read with 0
+    =================  =====================================================================
+
+    The last two concern the axes all of whose readers are parameters (MLP width, heads, channels
+    between two layers); units of a normalised axis stay copies.
+
+    Args:
+      params: the small model's parameters.  Under ``jax.jit`` they may be traced.
+      plan: what :func:`plan` returned, or ``Plan.from_json``.
+      symmetry: one of the ways above, or None to keep copies equal.
+      amount: how much of it.
+      key: a ``jax.random.key`` for the random ones.
+      verify: run both models and compare (:func:`verify`).  Done where the plan knows its models
+        (one read from JSON does not), the plan is exact, and parameters are not traced.
+
+    Returns:
+      A tree of the big model's parameters: of the small tree's type, or of the big one's where
+      layers are added.  Leaves keep dtype and weak type; those narrower than float32 are computed
+      in float32 and rounded once.  Arrays with a ``NamedSharding`` keep its spec along every
+      dimension that it still divides.
+
+    Raises:
+      ValueError: the parameters are not those of the plan's small model (names, shapes, kinds of
+        dtype), or hold NaN; ``symmetry`` is none of the above or needs a key; the verification
+        fails.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import uscale_jax as us
+      >>> def apply(params, x):
+      ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+      >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> small = {"up": normal(0, 5, 7), "down": normal(1, 7, 3)}
+      >>> big = {"up": normal(0, 5, 11), "down": normal(1, 11, 3)}
+      >>> x = normal(2, 2, 5)
+      >>> plan = us.plan(apply, small, apply, big, x)
+      >>> grown = us.grow(small, plan, symmetry="noise", key=jax.random.key(3))
+      >>> grown["up"].shape, bool(jnp.allclose(apply(grown, x), apply(small, x), atol=1e-5))
+      ((5, 11), True)
+
+    References:
+      Chen et al., *Net2Net*, 2016 (arXiv:1511.05641), Eq. 3 and 4; uneven splits: Wang et al.,
+      *LEMON*, 2023 (arXiv:2310.07999); noise that sums to 0: Samragh et al., *Scaling smart*
+      (HyperCloning), 2024 (arXiv:2409.12903); pairs: Yuan et al., 2023 (arXiv:2306.12700); zero
+      fan-out: Gesmundo & Maile, *Composable function-preserving expansions*, 2023
+      (arXiv:2308.06103).
+    """
+    keys, leaves, treedef = _tree.flatten_named(params)
+    sources = matched(plan, keys, leaves)
+    _check_symmetry(symmetry, key)
+    _check_finite(keys, leaves)
+    grown = []
+    for i, leaf in enumerate(plan.leaves.values()):
+        own = None if key is None else jax.random.fold_in(key, i)
+        grown.append(_grow(sources[leaf.source], leaf, symmetry, amount, own))
+    same = [leaf.key for leaf in plan.leaves.values()] == keys
+    tree = jax.tree.unflatten(treedef, grown) if same else plan.unflatten(grown)
+    if verify and plan.models is not None and plan.exact and not any(map(_jax.is_traced, leaves)):
+        from uscale_jax._verify import verify as check
+
+        check(plan, plan.models.small, params, plan.models.big, tree, *plan.models.inputs)
+    return tree
+
+
+def matched(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[Key, Any]:
+    """Returns the small model's leaves by key.
+
+    Raises:
+      ValueError: they are not what the plan was made for.
+    """
+    wanted = {leaf.source: leaf for leaf in plan.leaves.values()}
+    given = dict(zip(keys, leaves, strict=True))
+    lines = [f"  it has no {_tree.name(key)!r}" for key in wanted if key not in given][:8]
+    lines += [f"  {_tree.name(key)!r} is not in the plan" for key in given if key not in wanted][:8]
+    for key, leaf in wanted.items():
+        if key in given and (why := _misfit(given[key], leaf)):
+            lines.append(f"  {_tree.name(key)!r} {why}")
+    if not lines:
+        return given
+    big = {leaf.key: leaf.big for leaf in plan.leaves.values()}
+    is_big = all(key in big and jnp.shape(x) == big[key] for key, x in given.items())
+    first = "these are the big model's parameters" if is_big else "this tree does not fit the plan"
+    advice = (
+        "Expected: the parameters of the plan's small model. Fix: pass those, or make a plan for "
+        "these."
+    )
+    raise ValueError("\n".join([f"{first}.", *lines[:12], advice]))
+
+
+def _misfit(leaf: Any, plan: LeafPlan) -> str | None:
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return f"is {_tree.describe(leaf)}, not an array"
+    if tuple(leaf.shape) != plan.small:
+        return f"is {_tree.describe(leaf)}, the plan is for shape {plan.small}"
+    if _factors.is_scaled(leaf) != plan.floating:
+        return f"is {_tree.describe(leaf)}, the plan is for {plan.dtype}"
+    return None
+
+
+def _check_symmetry(symmetry: str | None, key: jax.Array | None) -> None:
+    if symmetry is None:
+        return
+    if symmetry not in AMOUNTS:
+        raise ValueError(
+            f"symmetry={symmetry!r} is none of {', '.join(map(repr, AMOUNTS))}, or None."
+        )
+    if key is None and symmetry != "uneven":
+        raise ValueError(
+            f"symmetry={symmetry!r} draws random numbers and needs a key. Fix: pass "
+            "key=jax.random.key(0)."
+        )
+
+
+def _check_finite(keys: Sequence[Key], leaves: Sequence[Any]) -> None:
+    """Refuses parameters with NaN before they are copied all over a larger model."""
+    floating = [
+        (key, leaf)
+        for key, leaf in zip(keys, leaves, strict=True)
+        if not _jax.is_traced(leaf) and _factors.is_scaled(leaf)
+    ]
+    flags = jax.device_get([_has_nan(leaf) for _, leaf in floating])
+    bad = [_tree.name(key) for (key, _), flag in zip(floating, flags, strict=True) if flag]
+    if bad:
+        raise ValueError(
+            f"the parameters hold NaN: {', '.join(bad[:8])}. Expected: trained, finite values. "
+            "Fix: go back to a checkpoint from before the divergence."
+        )
+
+
+@jax.jit
+def _has_nan(leaf: jax.Array) -> jax.Array:
+    return jnp.any(jnp.isnan(leaf))
+
+
+def _grow(
+    leaf: Any, plan: LeafPlan, symmetry: str | None, amount: float | None, key: jax.Array | None
+) -> Any:
+    """One leaf; leaves of equal shapes share a compiled program, whatever their maps."""
+    if not plan.floating and all(old is None for old in plan.maps):
+        return leaf
+    which = Dimensions({}, {}) if symmetry is None else _symmetry.dimensions(plan, symmetry)
+    kind = symmetry if which.readers or which.makers else None
+    sharding = None if _jax.is_traced(leaf) else resized_sharding(leaf, plan.big)
+    program = partial(_grown, kind=kind, zero=plan.zero, shape=plan.big, scaled=plan.floating)
+    run = (
+        jax.jit(program, out_shardings=sharding)
+        if sharding is not None
+        else partial(_jitted, kind=kind, zero=plan.zero, shape=plan.big, scaled=plan.floating)
+    )
+    chosen = AMOUNTS.get(symmetry or "", 0.0) if amount is None else amount
+    return run(leaf, plan.maps, plan.factors, plan.shift, which, chosen, key)
+
+
+def resized_sharding(leaf: Any, shape: Sequence[int]) -> jax.sharding.NamedSharding | None:
+    """Returns the leaf's named sharding for another shape, less what does not divide it."""
+    old = getattr(leaf, "sharding", None)
+    if not isinstance(old, jax.sharding.NamedSharding):
+        return None
+    counts = _jax.shard_counts(old.spec, len(shape), old.mesh)
+    entries = [*old.spec, *[None] * (len(shape) - len(old.spec))]
+    kept = [
+        entry if size % count == 0 else None
+        for entry, size, count in zip(entries, shape, counts, strict=True)
+    ]
+    spec = jax.sharding.PartitionSpec(*kept)
+    return jax.sharding.NamedSharding(old.mesh, spec, memory_kind=old.memory_kind)
+
+
+def _grown(
+    leaf: jax.Array,
+    maps: tuple[Any, ...],
+    factors: tuple[Any, ...],
+    shift: Any,
+    which: Dimensions,
+    amount: Any,
+    key: jax.Array | None,
+    *,
+    kind: str | None,
+    zero: bool,
+    shape: tuple[int, ...],
+    scaled: bool,
+) -> jax.Array:
+    """One leaf of the big model."""
+    if zero:
+        return _jax.with_weak_type(jnp.zeros(shape, leaf.dtype), leaf)
+    if not scaled:
+        return _placed(leaf, maps)
+    wide = _factors.compute_dtype(leaf.dtype)
+    constant = jnp.asarray(shift, wide)
+    x = _placed(leaf.astype(wide) + constant, maps)
+    for factor in factors:
+        x = x * jnp.asarray(factor).astype(wide)
+    if kind is not None:
+        given = jax.random.key(0) if key is None else key
+        x = _symmetry.apply(kind, x, which, jnp.asarray(amount, wide), given)
+    return _jax.with_weak_type((x - constant).astype(leaf.dtype), leaf)
+
+
+_jitted = jax.jit(_grown, static_argnames=("kind", "zero", "shape", "scaled"))
+
+
+def _placed(x: jax.Array, maps: Sequence[Any]) -> jax.Array:
+    """Takes every place of the big leaf from the small one; new places are 0, or the mean."""
+    for axis, old in enumerate(maps):
+        if old is None:
+            continue
+        taken = jnp.take(x, jnp.maximum(old, 0), axis=axis, mode="clip")
+        if _factors.is_scaled(x):
+            mean = jnp.mean(x, axis=axis, keepdims=True)
+            old = old.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+            taken = jnp.where(old >= 0, taken, jnp.where(old == NEW_MEAN, mean, 0))
+        x = taken
+    return x
