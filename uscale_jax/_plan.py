@@ -50,6 +50,9 @@ class LeafPlan:
     """Per dimension, what decides how copies may be told apart: "reader" where the leaf is only
     summed over, "switch" where it is so and nothing else reads the units, "unit" where it makes
     such units, else "other"."""
+    partners: tuple[Indices | None, ...] = ()
+    """Per dimension that grows, -1 for the first copy of every unit, else the first place of the
+    pair that copies make, or -2."""
     zero: bool = False
     """Whether all of it starts as zero: what keeps a new layer silent."""
     new: bool = False

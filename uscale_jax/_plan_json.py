@@ -65,6 +65,7 @@ def _leaf_to_dict(leaf: LeafPlan, arrays: _Arrays) -> dict[str, Any]:
         "copies": [arrays.put(each) for each in leaf.copies],
         "shift": leaf.shift,
         "roles": list(leaf.roles),
+        "partners": [arrays.put(each) for each in leaf.partners],
         "zero": leaf.zero,
         "new": leaf.new,
         "words": leaf.words,
@@ -119,18 +120,21 @@ def _leaf(data: Mapping[str, Any], raw: list[Any]) -> LeafPlan:
     def arrays(numbers: list[int], dtype: type) -> tuple[np.ndarray[Any, Any], ...]:
         return tuple(np.array(raw[n]["values"], dtype).reshape(raw[n]["shape"]) for n in numbers)
 
-    maps = tuple(None if n is None else arrays([n], np.int64)[0] for n in data["maps"])
+    def indices(numbers: list[int | None]) -> tuple[np.ndarray[Any, Any] | None, ...]:
+        return tuple(None if n is None else arrays([n], np.int64)[0] for n in numbers)
+
     return LeafPlan(
         key=tuple(data["key"]),
         source=tuple(data["source"]),
         small=tuple(data["small"]),
         big=tuple(data["big"]),
         dtype=data["dtype"],
-        maps=maps,
+        maps=indices(data["maps"]),
         factors=arrays(data["factors"], np.float64),
         copies=arrays(data["copies"], np.float64),
         shift=float(data["shift"]),
         roles=tuple(data["roles"]),
+        partners=indices(data["partners"]),
         zero=bool(data["zero"]),
         new=bool(data["new"]),
         words=str(data["words"]),

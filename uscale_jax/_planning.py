@@ -121,6 +121,10 @@ def _leaf(traced: Traced, i: int, growth: LeafGrowth, role: Sequence[Role]) -> L
         factors=growth.factors,
         copies=growth.copies,
         shift=growth.shift,
+        partners=tuple(
+            None if old is None else mate
+            for old, mate in zip(growth.maps, growth.partners, strict=True)
+        ),
         roles=tuple(each.value for each in role),
         words=growth.words,
     )

@@ -24,8 +24,8 @@ class Group(NamedTuple):
     """Which of the copies it is, from 0."""
     count: Any
     """How many copies there are."""
-    first: Any
-    """The first place of its pair: the copies of ranks 1 and 2, 3 and 4, ... are pairs."""
+    partner: Any
+    """-1 for first copies, the first place of its pair for one that has a partner, else -2."""
 
 
 class Dimensions(NamedTuple):
@@ -48,22 +48,20 @@ def dimensions(leaf: LeafPlan, kind: str) -> Dimensions:
 def _groups(leaf: LeafPlan, roles: Sequence[str]) -> dict[int, Group]:
     pairs = zip(leaf.maps, leaf.roles, strict=True)
     found = {
-        i: group_of(old)
+        i: group_of(old, leaf.partners[i])
         for i, (old, role) in enumerate(pairs)
         if old is not None and role in roles and old.min(initial=0) >= 0
     }
     return {i: group for i, group in found.items() if group.rank.any()}
 
 
-def group_of(old: Indices) -> Group:
+def group_of(old: Indices, partner: Indices | None) -> Group:
     """Returns places by the unit they are copies of."""
     order = np.argsort(old, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(old)) - np.searchsorted(old[order], old[order])
-    count = np.bincount(old)[old]
-    pair = old * (len(old) + 1) + (rank + 1) // 2
-    _, first, inverse = np.unique(pair, return_index=True, return_inverse=True)
-    return Group(old, rank, count, first[inverse])
+    alone = np.where(rank == 0, -1, -2)
+    return Group(old, rank, np.bincount(old)[old], alone if partner is None else partner)
 
 
 def apply(kind: str, x: jax.Array, which: Dimensions, amount: Any, key: jax.Array) -> jax.Array:
@@ -77,13 +75,33 @@ def apply(kind: str, x: jax.Array, which: Dimensions, amount: Any, key: jax.Arra
     if kind == "noise":
         return x + _zero_sum(noise, which.readers)
     for axis, group in which.makers.items():
-        fresh = jnp.take(noise, group.first, axis) if kind == "paired" else noise
-        x = jnp.where(_along(group.rank > 0, x, axis), fresh, x)
+        x = jnp.where(_along(group.rank > 0, x, axis), noise, x)
     for axis, group in which.readers.items():
-        new = _opposite(noise, axis, group) if kind == "paired" else jnp.zeros_like(x)
         total = x * _along(group.count.astype(x.real.dtype), x, axis)
-        x = jnp.where(_along(group.rank == 0, x, axis), total, new)
+        x = jnp.where(_along(group.rank == 0, x, axis), total, 0)
+    return _paired(x, noise, which) if kind == "paired" else x
+
+
+def _paired(x: jax.Array, noise: jax.Array, which: Dimensions) -> jax.Array:
+    """The two units of a pair are made alike, and their readers sum to 0."""
+    for axis, group in which.makers.items():
+        mates = _along(group.partner >= 0, x, axis) & _all_first(x, which, axis)
+        x = jnp.where(mates, jnp.take(noise, jnp.maximum(group.partner, 0), axis), x)
+    for axis, group in which.readers.items():
+        mates = _along(group.partner >= 0, x, axis) & _all_first(x, which, axis)
+        places = jnp.arange(x.shape[axis])
+        sign = _along(jnp.where(group.partner == places, 1, -1).astype(x.dtype), x, axis)
+        x = jnp.where(mates, sign * jnp.take(noise, jnp.maximum(group.partner, 0), axis), x)
     return x
+
+
+def _all_first(x: jax.Array, which: Dimensions, but: int) -> jax.Array:
+    """Where a place is a first copy along every dimension but one."""
+    first = jnp.ones((1,) * x.ndim, bool)
+    for axis, group in (*which.makers.items(), *which.readers.items()):
+        if axis != but:
+            first = first & _along(group.rank == 0, x, axis)
+    return first
 
 
 def _along(vector: jax.Array, x: jax.Array, axis: int) -> jax.Array:
@@ -107,10 +125,3 @@ def _uneven(x: jax.Array, axis: int, group: Group, amount: Any) -> jax.Array:
     others = (1 - amount) / jnp.maximum(count - 1, 1)
     share = jnp.where(group.rank == 0, amount, others)
     return x * _along(jnp.where(count > 1, count * share, 1).astype(x.dtype), x, axis)
-
-
-def _opposite(noise: jax.Array, axis: int, group: Group) -> jax.Array:
-    """Readers of the two units of a pair sum to 0; a unit without a partner is not read."""
-    complete = group.count > 2 * ((group.rank + 1) // 2)
-    sign = jnp.where(complete, jnp.where(group.rank % 2 == 1, 1, -1), 0)
-    return jnp.take(noise, group.first, axis) * _along(sign.astype(noise.dtype), noise, axis)

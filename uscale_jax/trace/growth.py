@@ -34,6 +34,9 @@ class LeafGrowth(NamedTuple):
     shift: float
     words: str
     """The factor in words."""
+    partners: tuple[Places, ...]
+    """Per dimension, -1 for the first copy of every unit; for copies that make a pair (the second
+    and third, the fourth and fifth, ...), the place of the first of both; -2 for others."""
 
 
 class _Line(NamedTuple):
@@ -42,6 +45,7 @@ class _Line(NamedTuple):
     old: Places
     copies: Term
     weight: Term
+    partner: Places
 
 
 def unit_map(atom: Atom) -> Places:
@@ -69,7 +73,8 @@ def leaf_growths(solution: Solution) -> list[LeafGrowth]:
         copies = _terms([line.copies for line in lines])
         if not value.scales:
             factors, words = (), "1"
-        found.append(LeafGrowth(maps, factors, copies, shift, words))
+        partners = tuple(line.partner for line in lines)
+        found.append(LeafGrowth(maps, factors, copies, shift, words, partners))
     return found
 
 
@@ -77,7 +82,8 @@ def _line(dim: Dim, powers: Sequence[Sequence[Fraction]]) -> _Line:
     """Places of one cell, in order, are the row-major product of the cell's atoms."""
     cells = [cell_of_place(dim, program) for program in (0, -1)]
     count = len(cells[1])
-    line = _Line(np.zeros(count, np.int64), np.ones(count), np.ones(count))
+    none = np.zeros(count, np.int64)
+    line = _Line(none, np.ones(count), np.ones(count), np.full(count, -1))
     for cell, atoms in enumerate(monomials(dim)):
         small, big = (np.flatnonzero(each == cell) for each in cells)
         local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
@@ -88,7 +94,28 @@ def _line(dim: Dim, powers: Sequence[Sequence[Fraction]]) -> _Line:
             copies = (copies[:, None] * each).reshape(-1)
             weight = (weight[:, None] * each ** float(power)).reshape(-1)
         line.old[big], line.copies[big], line.weight[big] = small[local], copies, weight
+        line.partner[big] = _partners(atoms, big)
     return line
+
+
+def _partners(atoms: Sequence[Atom], places: Places) -> Places:
+    """Pairs differ along one axis, and are first copies along all others."""
+    new, first, paired = np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, bool)
+    for atom in atoms:
+        rank, mate, complete = _pairs(unit_map(atom))
+        new = (new[:, None] + (rank > 0)).reshape(-1)
+        first = (first[:, None] * atom.size[-1] + mate).reshape(-1)
+        paired = (paired[:, None] & (complete | (rank == 0))).reshape(-1)
+    return np.where(new == 0, -1, np.where((new == 1) & paired, places[first], -2))
+
+
+def _pairs(old: Places) -> tuple[Places, Places, Any]:
+    """Which copy of its unit every place is, the first place of its pair, whether there are two."""
+    starts = np.searchsorted(old, old)
+    rank = np.arange(len(old)) - starts
+    pair = (rank + 1) // 2
+    mate = np.where(rank == 0, starts, starts + 2 * pair - 1)
+    return rank, mate, np.bincount(old)[old] > 2 * pair
 
 
 def _cell_factors(cells: Cells, dims: Dims) -> tuple[Term, ...]:
