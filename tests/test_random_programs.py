@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,11 @@ def outcomes(rng: random.Random, trials: int = 2) -> Iterator[Outcome]:
         for _ in range(trials):
             chosen = rng.sample(used, rng.choice([1, 1, 2, len(used)]) if len(used) > 1 else 1)
             same = rng.choice([None, 2, 3])
-            yield before.grow({name: same or rng.choice([2, 2, 3]) for name in chosen})
+            ratios = {name: same or rng.choice([2, 2, 3]) for name in chosen}
+            if rng.random() < 0.3:  # sizes that are no multiples
+                n = program.sizes[chosen[0]]
+                ratios[chosen[0]] = Fraction(n + rng.randint(1, n + 1), n)
+            yield before.grow(ratios)
 
 
 class Invalid(Exception):
@@ -85,7 +90,7 @@ class Before:
     def grow(self, ratios: Sizes) -> Outcome:
         """Grows the model."""
         program = self.program
-        sizes = {name: n * ratios.get(name, 1) for name, n in program.sizes.items()}
+        sizes = {name: int(n * ratios.get(name, 1)) for name, n in program.sizes.items()}
         big = program.model(sizes)
         try:
             jax.eval_shape(big.apply, big.params, *self.inputs)

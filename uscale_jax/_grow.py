@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -182,14 +182,26 @@ def _grow(
     which = Dimensions({}, {}) if symmetry is None else _symmetry.dimensions(plan, symmetry)
     kind = symmetry if which.readers or which.makers else None
     sharding = None if _jax.is_traced(leaf) else resized_sharding(leaf, plan.big)
-    program = partial(_grown, kind=kind, zero=plan.zero, shape=plan.big, scaled=plan.floating)
-    run = (
-        jax.jit(program, out_shardings=sharding)
-        if sharding is not None
-        else partial(_jitted, kind=kind, zero=plan.zero, shape=plan.big, scaled=plan.floating)
-    )
+    run = _program(sharding, kind, plan.zero, plan.big, plan.floating)
     chosen = AMOUNTS.get(symmetry or "", 0.0) if amount is None else amount
     return run(leaf, plan.maps, plan.factors, plan.shift, which, chosen, key)
+
+
+@cache
+def _program(
+    sharding: jax.sharding.NamedSharding | None,
+    kind: str | None,
+    zero: bool,
+    shape: tuple[int, ...],
+    scaled: bool,
+) -> Callable[..., Any]:
+    """The compiled program for leaves of a kind."""
+    run = partial(_grown, kind=kind, zero=zero, shape=shape, scaled=scaled)
+    if sharding is None:
+        return jax.jit(run)
+    if _jax.is_explicit(sharding.mesh):
+        run = partial(jax.sharding.auto_axes(run, out_sharding=sharding))
+    return jax.jit(run, out_shardings=sharding)
 
 
 def resized_sharding(leaf: Any, shape: Sequence[int]) -> jax.sharding.NamedSharding | None:
@@ -235,9 +247,6 @@ def _grown(
         given = jax.random.key(0) if key is None else key
         x = _symmetry.apply(kind, x, which, jnp.asarray(amount, wide), given)
     return _jax.with_weak_type((x - constant).astype(leaf.dtype), leaf)
-
-
-_jitted = jax.jit(_grown, static_argnames=("kind", "zero", "shape", "scaled"))
 
 
 def _placed(x: jax.Array, maps: Sequence[Any]) -> jax.Array:

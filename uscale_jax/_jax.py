@@ -170,6 +170,11 @@ def frames(eqn_source: Any) -> list[tuple[str, str, int]]:
     return [(frame.file_name, frame.function_name, frame.line_num) for frame in found]
 
 
+def is_explicit(mesh: Any) -> bool:
+    """Returns whether shardings over a mesh are part of types (JAX 0.9 to 0.12: axis_types)."""
+    return any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
+
+
 def shard_counts(spec: Any, ndim: int, mesh: Any) -> list[int]:
     """Returns into how many shards ``spec`` cuts each of ``ndim`` dimensions over ``mesh``."""
     entries = [*spec, *[None] * (ndim - len(spec))]

@@ -177,11 +177,12 @@ class _Walk:
         """Returns whether dimensions have an uneven axis."""
         return any(atom in self.uneven for dim in dims for cell in monomials(dim) for atom in cell)
 
-    def require(self, power: Expr | None, eqn: Equation, text: str, atom: Atom) -> None:
+    def require(self, power: Expr | None, eqn: Equation, atom: Atom) -> None:
         """Requires a power to be 0."""
         if power:
             sizes = f"{atom.size[0]} → {atom.size[-1]}"
-            self.system.require(power, f"`{eqn.name}` {text}, unlike {sizes}", eqn.source)
+            text = f"`{eqn.name}` needs every unit repeated equally often, unlike {sizes}"
+            self.system.require(power, text, eqn.source)
             self.culprits.append(atom)
 
     def used(self, along: Iterable[Along], *, summed: bool) -> None:
@@ -194,8 +195,7 @@ class _Walk:
         present = [power for power in each if power is not None]
         for power in present[1:]:
             if power != present[0]:
-                text = "takes together units repeated equally often"
-                self.require(plus(power, present[0], -1), eqn, text, atom)
+                self.require(plus(power, present[0], -1), eqn, atom)
         return present[0] if present else ZERO
 
     def _regrouped(self, eqn: Equation, what: Regrouped) -> None:
@@ -216,7 +216,7 @@ class _Walk:
     def _lose(self, eqn: Equation, *sides: Sequence[Dim]) -> None:
         for atom in {a for dims in sides for d in dims for cell in monomials(d) for a in cell}:
             if atom in self.uneven:
-                self.require(NEVER, eqn, "regroups units repeated equally often", atom)
+                self.require(NEVER, eqn, atom)
 
     def _unpacked(self, eqn: Equation, cells: Along, dims: Sequence[Dim]) -> list[Along]:
         """Powers per dimension, from those of the product of all; other factors must agree."""
@@ -358,7 +358,7 @@ class _Labels:
         """Returns the sum of the operands' powers times their exponents."""
         total = ZERO
         for i in self.what.scale.bare:
-            self.walk.require(powers[i], self.eqn, "needs units repeated equally often", atom)
+            self.walk.require(powers[i], self.eqn, atom)
         for power, exponent in zip(powers, self.what.scale.powers, strict=False):
             total = plus(total, power or ZERO, affine.rational(exponent))
         return total
@@ -366,7 +366,7 @@ class _Labels:
     def unscaled(self, powers: Sequence[Expr | None], atom: Atom) -> Expr:
         """Requires that no operand carries a power."""
         for power in powers:
-            self.walk.require(power, self.eqn, "needs units repeated equally often", atom)
+            self.walk.require(power, self.eqn, atom)
         return ZERO
 
     def carried(self, powers: Sequence[Expr | None], atom: Atom) -> Expr:
@@ -380,14 +380,13 @@ class _Labels:
     def _reduced(self, frame: Sequence[Atom], found: dict[int, Along], result: Dims) -> None:
         kept = {id(atom) for dim in result for atom in dim}
         summed = {id(atom) for atom in self.what.summed}
-        text = "needs every unit repeated equally often"
         for atom in frame:
             if id(atom) not in kept:
                 extra: Expr = {COPIES: 1} if id(atom) in summed else ZERO
                 for cell, atoms in zip(found[id(atom)], monomials((atom,)), strict=True):
                     for power, inner in zip(cell, atoms, strict=True):
                         if power is not None:
-                            self.walk.require(plus(power, extra), self.eqn, text, inner)
+                            self.walk.require(plus(power, extra), self.eqn, inner)
                             self.walk.reductions.append((inner, self._by(atom)))
 
     def _by(self, atom: Atom) -> set[Any]:
