@@ -53,6 +53,10 @@ class LeafPlan:
     partners: tuple[Indices | None, ...] = ()
     """Per dimension that grows, -1 for the first copy of every unit, else the first place of the
     pair that copies make, or -2."""
+    layer_dim: int | None = None
+    """The dimension of layers, of a leaf that holds those of all layers, if layers are added."""
+    layers: tuple[int, ...] = ()
+    """Per layer along it, the small model's layer that it is a copy of."""
     zero: bool = False
     """Whether all of it starts as zero: what keeps a new layer silent."""
     new: bool = False
@@ -74,6 +78,11 @@ class LeafPlan:
     def replicas(self) -> Any:
         """Return n: a float, or an array that broadcasts against the big leaf."""
         return _product(self.copies)
+
+    @property
+    def kept_layers(self) -> Indices:
+        """Return the places along ``layer_dim`` that stand for the small model's layers."""
+        return np.unique(np.asarray(self.layers, np.int64), return_index=True)[1]
 
     @property
     def floating(self) -> bool:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from uscale_jax import _tree
 from uscale_jax._axes import named_axes
-from uscale_jax._plan import LeafPlan, Models, Plan, PlanAxis
-from uscale_jax._types import Apply, Tree
+from uscale_jax._plan import NEW_ZERO, LeafPlan, Models, Plan, PlanAxis
+from uscale_jax._types import Apply, Key, Tree
 from uscale_jax.trace import keep
+from uscale_jax.trace.deepening import Steps, Zeros
+from uscale_jax.trace.depth import Deepened, deepen
 from uscale_jax.trace.growth import LeafGrowth, leaf_growths
+from uscale_jax.trace.layers import Depth
 from uscale_jax.trace.program import Value
 from uscale_jax.trace.sizes import changing, places
 from uscale_jax.trace.tracing import Model, Traced, trace
+from uscale_jax.trace.tracing import traced as trace_closed
 from uscale_jax.trace.uneven import Role, roles
 
 
 def plan(
-    small_apply: Apply, small_params: Tree, big_apply: Apply, big_params: Tree, *inputs: Any
+    small_apply: Apply,
+    small_params: Tree,
+    big_apply: Apply,
+    big_params: Tree,
+    *inputs: Any,
+    depth: Depth | None = None,
+    new_layers: str = "identity",
 ) -> Plan:
     r"""Returns how a larger model is made from a smaller one so that it is the same function.
 
@@ -47,6 +60,14 @@ def plan(
     Sizes need not be multiples: units are then repeated unequally often, which is exact wherever
     no mean is taken over them with equal weights (and under RMSNorm, with other factors).
 
+    **Layers** are added with ``depth``: in lists whose names end in numbers (``layers_0``, ...)
+    or stacked for a scan.  Each layer of the big model is a copy of one of the small model; the
+    first copy is the layer itself.  With ``new_layers="identity"`` some leaves of the others are
+    zero, so that a new layer gives out what it takes in: which ones, is read off the program (the
+    last kernels of each residual branch, and biases behind them) and proven.  Where no zeros do
+    it (post-norm blocks) that is refused.  ``"copy"`` leaves copies as they are, another function;
+    the plan then says that it is not exact.
+
     Args:
       small_apply: ``small_apply(params, *inputs)``, any pure function that JAX can trace.
       small_params: its parameters: arrays or ``jax.ShapeDtypeStruct``.
@@ -54,6 +75,10 @@ def plan(
       big_params: its parameters or their shapes.
       *inputs: inputs that both take: arrays or ``jax.ShapeDtypeStruct``.  Sizes that are equal by
         accident (batch and width, say) can be taken for one axis: use sizes that all differ.
+      depth: None for equally many layers.  Which layer of the small model each layer of the big
+        one is a copy of: ``"interleave"`` (0, 0, 1, 1, ...), ``"stack"`` (0, 1, ..., 0, 1, ...),
+        a list of numbers, or a dict of lists by family (``"params/layers_*"``).
+      new_layers: ``"identity"`` or ``"copy"``.
 
     Returns:
       :class:`Plan`: index maps, factors m, numbers of copies n and learning-rate factors per
@@ -88,19 +113,16 @@ def plan(
       optimizer: Ma et al., *μP upscaling*, 2026 (arXiv:2602.10545); the learning rates are those
       of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.
     """
-    traced = trace([Model(small_apply, small_params), Model(big_apply, big_params)], inputs)
-    solution = keep.solve(traced)
-    growths = leaf_growths(solution)
-    leaves = [
-        _leaf(traced, i, growth, role)
-        for i, (growth, role) in enumerate(
-            zip(growths, roles(traced, frozenset(changing(traced))), strict=True)
-        )
-    ]
+    small, big = Model(small_apply, small_params), Model(big_apply, big_params)
+    deepened = None if depth is None else deepen(small, big, inputs, depth, new_layers)
+    traced = trace([small, big], inputs) if deepened is None else _cut(deepened, small, inputs)
+    found = _leaves(traced)
+    leaves = found if deepened is None else _layers(deepened, found, big)
     return Plan(
         leaves={leaf.name: leaf for leaf in leaves},
         axes=_axes(traced),
-        notes=_notes(leaves),
+        notes=_notes(leaves, deepened),
+        exact=deepened is None or deepened.exact,
         precision=_precision(traced),
         treedef=jax.tree.structure(big_params),
         small_treedef=traced.treedef,
@@ -109,8 +131,24 @@ def plan(
     )
 
 
+def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any]) -> Traced:
+    programs = [deepened.small, deepened.closed]
+    return trace_closed(programs, small.params, inputs, deepened.outputs)
+
+
+def _leaves(traced: Traced) -> list[LeafPlan]:
+    """The leaves of the small model, grown in width."""
+    growths = leaf_growths(keep.solve(traced))
+    known = roles(traced, frozenset(changing(traced)))
+    return [
+        _leaf(traced, i, growth, role)
+        for i, (growth, role) in enumerate(zip(growths, known, strict=True))
+    ]
+
+
 def _leaf(traced: Traced, i: int, growth: LeafGrowth, role: Sequence[Role]) -> LeafPlan:
     value, key = traced.structure.program.inputs[i], traced.keys[i]
+    pairs = zip(growth.maps, growth.partners, strict=True)
     return LeafPlan(
         key=key,
         source=key,
@@ -121,33 +159,75 @@ def _leaf(traced: Traced, i: int, growth: LeafGrowth, role: Sequence[Role]) -> L
         factors=growth.factors,
         copies=growth.copies,
         shift=growth.shift,
-        partners=tuple(
-            None if old is None else mate
-            for old, mate in zip(growth.maps, growth.partners, strict=True)
-        ),
         roles=tuple(each.value for each in role),
+        partners=tuple(None if old is None else mate for old, mate in pairs),
         words=growth.words,
     )
 
 
+def _layers(deepened: Deepened, leaves: Sequence[LeafPlan], big: Model) -> list[LeafPlan]:
+    """The leaves of the big model, layers it has more than the small one included."""
+    by_key = {leaf.key: leaf for leaf in leaves}
+    kept = set(deepened.kept.values())
+    found = []
+    for key in _tree.flatten_named(big.params)[0]:
+        leaf = by_key[deepened.sources[key]]
+        zeros = deepened.zero.get(key, frozenset())
+        if key in deepened.steps:
+            found.append(_stacked(leaf, key, deepened.steps[key], zeros or frozenset()))
+        else:
+            found.append(replace(leaf, key=key, zero=zeros is True, new=key not in kept))
+    return found
+
+
+def _stacked(leaf: LeafPlan, key: Key, steps: Steps, zeros: Zeros) -> LeafPlan:
+    """A leaf that holds all layers along one of its dimensions."""
+    sources = np.asarray(steps.sources, np.int64)
+    silent = (
+        np.zeros(len(sources), bool)
+        if zeros is True
+        else np.isin(np.arange(len(sources)), sorted(zeros))
+    )
+    maps, shape = list(leaf.maps), list(leaf.big)
+    maps[steps.dim], shape[steps.dim] = np.where(silent, NEW_ZERO, sources), len(sources)
+    return replace(
+        leaf,
+        key=key,
+        big=tuple(shape),
+        maps=tuple(maps),
+        layer_dim=steps.dim,
+        layers=tuple(steps.sources),
+    )
+
+
 def _shape(value: Value, program: int) -> tuple[int, ...]:
-    return tuple(size[program] for size in value.shape)
+    return tuple(int(size[program]) for size in value.shape)
 
 
 def _axes(traced: Traced) -> tuple[PlanAxis, ...]:
     named = named_axes(places(traced))
     return tuple(
-        PlanAxis(axis.name, atom.size[0], atom.size[-1], axis.free, axis.why, axis.places)
+        PlanAxis(axis.name, int(atom.size[0]), int(atom.size[-1]), axis.free, axis.why, axis.places)
         for atom, axis in named.items()
     )
 
 
-def _notes(leaves: Sequence[LeafPlan]) -> tuple[str, ...]:
+def _notes(leaves: Sequence[LeafPlan], deepened: Deepened | None) -> tuple[str, ...]:
     """What a reader of the plan should know and the tables do not say."""
+    notes = []
     untouched = [leaf.name for leaf in leaves if not leaf.floating]
-    if not untouched:
-        return ()
-    return (f"without factor or learning rate, being no floating leaves: {', '.join(untouched)}",)
+    if untouched:
+        names = ", ".join(untouched)
+        notes.append(f"without factor or learning rate, being no floating leaves: {names}")
+    for family in () if deepened is None else deepened.families:
+        sources = ", ".join(map(str, family.sources))
+        notes.append(f"layers {family.name}: {family.small} → {family.big}, copies of {sources}")
+    if deepened is not None and deepened.exact:
+        silent = dict.fromkeys(_tree.name(deepened.sources[key]) for key in deepened.zero)
+        notes.append(f"zero in new layers, which makes them the identity: {', '.join(silent)}")
+    elif deepened is not None:
+        notes.append(f"not the same function: {deepened.why}")
+    return tuple(notes)
 
 
 def _precision(traced: Traced) -> str:

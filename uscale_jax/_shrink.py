@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uscale_jax import _factors, _jax, _tree
-from uscale_jax._plan import LeafPlan, Plan
+from uscale_jax._plan import Indices, LeafPlan, Plan
 from uscale_jax._types import Key, Tree
 
 
@@ -86,13 +86,17 @@ def fitting(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[K
 
 
 def _shrunk(leaf: Any, plan: LeafPlan) -> Any:
+    maps = plan.maps
+    if plan.layer_dim is not None:
+        leaf = jnp.take(leaf, plan.kept_layers, axis=plan.layer_dim)
+        maps = tuple(None if i == plan.layer_dim else old for i, old in enumerate(maps))
     if not plan.floating:
-        return _first_copies(leaf, plan)
-    return _jitted(leaf, plan.maps, (*plan.factors, *plan.copies), plan.shift, plan.small)
+        return _first_copies(leaf, maps)
+    return _jitted(leaf, maps, (*plan.factors, *plan.copies), plan.shift, plan.small)
 
 
-def _first_copies(leaf: Any, plan: LeafPlan) -> Any:
-    for axis, old in enumerate(plan.maps):
+def _first_copies(leaf: Any, maps: Sequence[Indices | None]) -> Any:
+    for axis, old in enumerate(maps):
         if old is not None:
             leaf = jnp.take(leaf, np.unique(old[old >= 0], return_index=True)[1], axis=axis)
     return leaf

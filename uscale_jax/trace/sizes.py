@@ -40,7 +40,11 @@ def check_sizes(traced: Traced) -> None:
         lines.append(f"  {atom.size[0]} (small), {atom.size[-1]} (big): {why}")
         lines.append(f"    {describe_places(where.get(atom, []))}")
     lines += [f"  and {len(wrong) - 8} axes more"] if len(wrong) > 8 else []
-    lines.append("Expected: fixed axes as they are, free ones larger. Fix: change those sizes.")
+    layers = any("a loop steps" in why for _, why in wrong)
+    more = "; if these are layers, say so to `plan`: depth='interleave'" if layers else ""
+    lines.append(
+        f"Expected: fixed axes as they are, free ones larger. Fix: change those sizes{more}."
+    )
     raise ValueError("\n".join(lines))
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from uscale_jax import _jax, _tree
+from uscale_jax._jax import ClosedJaxpr
 from uscale_jax._types import Apply, Key, Tree
 from uscale_jax.trace.axes import Structure, analyse
 from uscale_jax.trace.inline import program
@@ -44,10 +45,21 @@ def trace(models: Sequence[Model], inputs: Sequence[Any]) -> Traced:
         *(_jax.closed_jaxpr(m.apply, *s) for m, s in zip(models, shapes, strict=True)), strict=True
     )
     _check_outputs(outputs)
-    keys, leaves, treedef = _tree.flatten_named(models[0].params)
+    return traced(closed, models[0].params, inputs, outputs[0])
+
+
+def traced(
+    closed: Sequence[ClosedJaxpr], params: Tree, inputs: Sequence[Any], outputs: Tree
+) -> Traced:
+    """Returns the program of jaxprs whose first inputs are the leaves of ``params``.
+
+    Raises:
+      ValueError: the jaxprs differ in more than sizes.
+    """
+    keys, leaves, treedef = _tree.flatten_named(params)
     names = [f"input {'/'.join(key)}" for key in _tree.flatten_named(tuple(inputs))[0]]
-    structure = analyse(program(closed), names, output_names(outputs[0]))
-    return Traced(structure, keys, leaves, treedef, outputs[0])
+    structure = analyse(program(closed), names, output_names(outputs))
+    return Traced(structure, keys, leaves, treedef, outputs)
 
 
 def output_names(outputs: Tree) -> list[str]:
@@ -71,7 +83,10 @@ def _check_trees(models: Sequence[Model]) -> None:
     lines = ["the two models have different parameters."]
     lines += [f"  only the small one has {_tree.name(k)!r}" for k in small if k not in set(big)][:8]
     lines += [f"  only the big one has {_tree.name(k)!r}" for k in big if k not in set(small)][:8]
-    lines.append("Expected: the same tree with other sizes. Fix: build both from one definition.")
+    lines.append(
+        "Expected: the same tree with other sizes. Fix: build both from one definition; if the big "
+        "one has more layers, say so to `plan`: depth='interleave'."
+    )
     raise ValueError("\n".join(lines))
 
 

@@ -14,7 +14,7 @@ import enum
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from uscale_jax import _tree
 from uscale_jax.trace import affine, linear, shifts
@@ -83,25 +83,51 @@ def roles(traced: Traced, changing: frozenset[Atom]) -> list[tuple[Role, ...]]:
         if id(value) in walk.views:
             walk.used(walk.along(value, traced.structure.of(value)), summed=False)
     readers = walk.summed - walk.unsummed
-    kept = {atom for atom, by in walk.reductions if not by <= readers}
-    return [
-        tuple(_role(readers, changing - kept, dim, d) for dim, d in zip(leaf, dims, strict=True))
-        for leaf, dims in zip(
-            leaves, map(traced.structure.of, traced.structure.program.inputs), strict=False
-        )
+    values = traced.structure.program.inputs
+    dims = [
+        [_Known.of(along, dim) for along, dim in zip(leaf, traced.structure.of(value), strict=True)]
+        for leaf, value in zip(leaves, values, strict=False)
     ]
+    kept = {atom for atom, by in walk.reductions if not by <= readers}
+    units = _droppable(changing - kept, [d for leaf in dims for d in leaf if d.within(readers)])
+    return [tuple(_role(readers, units, known) for known in leaf) for leaf in dims]
 
 
-def _role(readers: set[Any], units: Collection[Atom], along: Along, dim: Dim) -> Role:
-    atoms = [atom for cell in monomials(dim) for atom in cell]
-    powers = [power for cell in along for power in cell]
-    known = [(a, p) for a, p in zip(atoms, powers, strict=True) if p is not None]
-    if not known or not all(known_power for _, known_power in known):
+class _Known(NamedTuple):
+    """The changing axes of a dimension of a leaf, and the unknowns of the leaf along them."""
+
+    atoms: frozenset[Atom]
+    unknowns: frozenset[Any]
+
+    @staticmethod
+    def of(along: Along, dim: Dim) -> _Known:
+        """Return those of a dimension."""
+        atoms = [atom for cell in monomials(dim) for atom in cell]
+        powers = [power for cell in along for power in cell]
+        pairs = [(a, p) for a, p in zip(atoms, powers, strict=True) if p is not None]
+        return _Known(
+            frozenset(atom for atom, _ in pairs),
+            frozenset(next(iter(power), None) for _, power in pairs),
+        )
+
+    def within(self, readers: Collection[Any]) -> bool:
+        """Return whether the leaf only reads along the dimension."""
+        return bool(self.unknowns) and self.unknowns <= set(readers)
+
+
+def _droppable(units: frozenset[Atom], readers: Sequence[_Known]) -> frozenset[Atom]:
+    """Axes whose units all readers can do without: dimensions are switched off as a whole."""
+    mixed = [known.atoms & units for known in readers if not known.atoms <= units]
+    left = units - frozenset().union(*mixed)
+    return left if left == units else _droppable(left, readers)
+
+
+def _role(readers: set[Any], units: frozenset[Atom], known: _Known) -> Role:
+    if not known.atoms or None in known.unknowns:
         return Role.OTHER
-    alone = all(atom in units for atom, _ in known)
-    if all(next(iter(power or ())) in readers for _, power in known):
-        return Role.SWITCH if alone else Role.READER
-    return Role.UNIT if alone else Role.OTHER
+    if known.within(readers):
+        return Role.SWITCH if known.atoms <= units else Role.READER
+    return Role.UNIT if known.atoms <= units else Role.OTHER
 
 
 class _Walk:
