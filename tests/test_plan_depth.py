@@ -76,7 +76,8 @@ def test_a_new_layer_that_is_not_silent_changes_the_function():
     deep = Deepened(encoder(2), encoder(3), depth="stack")
     kernel = deep.grown["params"]["Layer_2"]["mlp"]["down"]["kernel"]
     with jax.enable_x64(True):
-        deep.grown["params"]["Layer_2"]["mlp"]["down"]["kernel"] = kernel + 0.1
+        uneven = 0.1 * np.arange(kernel.size).reshape(kernel.shape)
+        deep.grown["params"]["Layer_2"]["mlp"]["down"]["kernel"] = kernel + uneven
     assert deep.error() > 1e-3
 
 

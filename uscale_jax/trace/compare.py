@@ -134,6 +134,8 @@ def structure_error(
         a, b = eqns[0].params, eqns[-1].params
         keys = disagreeing(eqns[0], eqns[-1])
         lines += [f"  {key}: {a.get(key)} (small), {b.get(key)} (big)" for key in keys]
+        if "length" in keys:
+            lines.append("  if its steps are layers, say so to `plan`: depth='interleave'")
     lines += [f"  operand {i} comes from elsewhere in the big one" for i in rewired]
     return different(lines)
 
