@@ -13,6 +13,8 @@ SMOOTHING = 8
 LOGIT_TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 BITS_TOLERANCE = 1e-3
 FACTOR_TOLERANCE = 0.01
+# Equal in exact arithmetic; float32 rounding is amplified from step to step.
+GROWN_TOLERANCE = 1e-2
 EXPECTED_FACTORS = {"wrong order": 1.0, "right order": 0.5}
 COLUMNS = ("branch", "lr factor", "max logit change", "just after", "at the end", "vs unchanged")
 
@@ -41,10 +43,18 @@ def report(results: dict[str, Result], options: Options) -> Report:
         for text in result["warnings"]
     ]
     return Report(
-        tables=tuple(_table(name, result) for name, result in results.items()),
+        tables=tuple(
+            table
+            for name, result in results.items()
+            for table in (_table(name, result), _growth_table(name, result["growth"]))
+        ),
         plots=(_loss_plot(results), _difference_plot(results), _held_out_plot(results)),
-        claims=tuple(claim for name, one in results.items() for claim in _claims(name, one)),
-        notes=(*NOTES, *warned[:1]),
+        claims=tuple(
+            claim
+            for name, one in results.items()
+            for claim in (*_claims(name, one), *_growth_claims(name, one["growth"]))
+        ),
+        notes=(*NOTES, *warned[:1], _plan_note(results)),
     )
 
 
@@ -78,6 +88,61 @@ def _table(name: str, result: Result) -> Table:
         f"{_number(result['bits_trained'], '.2f')} trained, {result['unigram_bits']:.2f} unigram"
     )
     return Table(title, COLUMNS, tuple(rows))
+
+
+def _growth_table(name: str, growth: Result) -> Table:
+    """Return the grown model beside the small one, trained on the same batches."""
+    small, big = growth["parameters"]
+    runs = {"small, trained on": growth["small"], **growth["ways"]}
+    rows = [
+        (
+            label if label.startswith("small") else f"grown, {label}",
+            _number(
+                growth["bits_before" if label.startswith("small") else "bits_just_after"], ".4f"
+            ),
+            _number(run["bits_after"], ".4f"),
+            _number(_largest_difference(run, growth["small"]), ".1e"),
+        )
+        for label, run in runs.items()
+    ]
+    title = (
+        f"{name}: grown from {small:,} to {big:,} parameters by us.plan and us.grow, verified: "
+        f"relative error {growth['error']:.1e}"
+    )
+    columns = ("run", "just after", "at the end", "largest difference of training losses")
+    return Table(title, columns, tuple(rows))
+
+
+def _largest_difference(run: Result, other: Result) -> float | None:
+    pairs = zip(run["losses"], other["losses"], strict=True)
+    apart = [_difference(a, b) for a, b in pairs]
+    return max((abs(d) for d in apart if d is not None), default=None)
+
+
+def _growth_claims(name: str, growth: Result) -> Iterator[Claim]:
+    """Yield that growth changes nothing, and that its learning rates are what keeps it so."""
+    step = _difference(growth["bits_just_after"], growth["bits_before"])
+    yield Claim(
+        f"{name}: the grown model starts with the loss of the small one",
+        step is not None and abs(step) <= BITS_TOLERANCE,
+        f"{_number(step, '+.1e')} bits/byte, at most ±{BITS_TOLERANCE:g}",
+    )
+    planned, single = (_largest_difference(run, growth["small"]) for run in growth["ways"].values())
+    yield Claim(
+        f"{name}: with the plan's learning rates it trains as the small one does",
+        planned is not None and planned <= GROWN_TOLERANCE,
+        f"training losses differ by {_number(planned, '.1e')}, at most {GROWN_TOLERANCE:g}",
+    )
+    yield Claim(
+        f"{name}: with one learning rate for all it does not",
+        single is not None and planned is not None and single > 4 * planned,
+        f"training losses differ by {_number(single, '.1e')}",
+    )
+
+
+def _plan_note(results: dict[str, Result]) -> str:
+    name, result = next(iter(results.items()))
+    return "\n".join([f"part of the plan of {name}:", *result["growth"]["plan"]])
 
 
 def _claims(name: str, result: Result) -> Iterator[Claim]:

@@ -20,6 +20,7 @@ from benchmarks.models.lstm import LSTM, LSTMConfig
 from benchmarks.models.transformer import Transformer
 from benchmarks.models.transformer_linen import Transformer as LinenTransformer
 from benchmarks.registry import Benchmark, Case, Options, Progress, Result
+from benchmarks.suite._tour_growth import Growth, doubled
 from benchmarks.suite._tour_report import report
 from benchmarks.training import (
     LanguageModel,
@@ -180,6 +181,7 @@ class Tour:
         self.size = contestant.size(options)
         self.seed = options.seed
         self.progress = progress
+        self.build = contestant.build
         self.trainer = Trainer(contestant.build(self.size.model))
         self.base = Setting(self.size.learning_rate)
         self.lr_factors: dict[tuple[float, bool], float] = {}
@@ -231,6 +233,17 @@ class Tour:
             "losses": losses,
         }
 
+    def grow(self, trained: TrainState, bits: float) -> Result:
+        """Grow the trained model twofold and train it on, on the branches' batches."""
+        rng = np.random.default_rng([self.seed, 2])
+        shape = (self.size.branch_steps, self.size.batch)
+        batches = data.random_windows(self.corpus.train, shape, self.size.seq + 1, rng)
+        big = self.build(doubled(self.size.model))
+        growth = Growth(self.trainer.model, big, self.base.learning_rate, self.held_out)
+        found = growth.run(TrainState(trained.params, trained.opt_state[0]), batches, bits)
+        self.progress.advance(self.size.branch_steps, "grown")
+        return found
+
     def run(self) -> Result:
         """Return everything the report needs about this model."""
         start = time.perf_counter()
@@ -241,6 +254,7 @@ class Tour:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             branches = [self.branch(branch, state, logits) for branch in BRANCHES]
+            growth = self.grow(state, trained)
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "size": asdict(self.size),
@@ -250,6 +264,7 @@ class Tour:
             "max_logit": float(jnp.abs(logits).max()),
             "losses": losses,
             "branches": branches,
+            "growth": growth,
             "warnings": sorted({str(w.message) for w in caught}),
             "seconds": time.perf_counter() - start,
         }
@@ -257,7 +272,7 @@ class Tour:
 
 def _run_case(contestant: Contestant, options: Options, progress: Progress) -> Result:
     size = contestant.size(options)
-    steps = size.steps + len(BRANCHES) * size.branch_steps
+    steps = size.steps + (len(BRANCHES) + 1) * size.branch_steps
     progress.start(steps, "steps")
     return Tour(contestant, options, progress).run()
 
