@@ -52,7 +52,7 @@ def test_maps_say_which_unit_a_place_copies():
     factor = np.asarray(plan.leaves["1/kernel"].factor)
     np.testing.assert_array_equal(factor[:, 0], [0.5, 0.5, 1, 0.5, 0.5, 1, 0.5, 0.5, 1, 1])
     np.testing.assert_array_equal(plan.leaves["0/kernel"].replicas[0, :4], [2, 2, 1, 2])
-    assert "shares along dimension 0" in str(plan)
+    assert "1/copies along dimension 0" in str(plan)
 
 
 def test_it_prints_leaves_and_axes_with_both_sizes():

@@ -68,7 +68,7 @@ def leaf_growths(solution: Solution) -> list[LeafGrowth]:
             for line, (small, big) in zip(lines, sizes, strict=True)
         )
         factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
-        words = _words(cells, dims, [line.weight for line in lines])
+        words = _words(cells, dims, _shares(powers))
         shift = solution.system.shifts.get(i, 0.0)
         copies = _terms([line.copies for line in lines])
         if not value.scales:
@@ -137,14 +137,24 @@ def _constant(vector: Term) -> bool:
     return bool(vector.size) and bool(np.all(vector == vector.flat[0]))
 
 
-def _words(cells: Cells, dims: Dims, weights: Sequence[Term]) -> str:
+def _shares(powers: Sequence[Sequence[Sequence[Fraction]]]) -> list[str]:
+    """In words, what a leaf takes along dimensions whose units are not repeated equally often."""
+    found = []
+    for i, dim in enumerate(powers):
+        each = {power for cell in dim for power in cell if power}
+        if each:
+            power = each.pop() if len(each) == 1 else None
+            base = "powers of copies" if power is None else f"copies^({power})"
+            found.append(f"{'1/copies' if power == -1 else base} along dimension {i}")
+    return found
+
+
+def _words(cells: Cells, dims: Dims, shares: Sequence[str]) -> str:
     """The factor of a leaf; where its parts differ, of those that take any."""
     words = each_cell(cells, lambda cell: affine.words(cell, {}))
-    uneven = [i for i, weight in enumerate(weights) if weight.size and np.any(weight != 1)]
-    shares = [f"shares along dimension {i}" for i in uneven]
     if all(word == words.flat[0] for word in words.flat):
         number = str(words.flat[0])
-        return " · ".join(([] if number == "1" and shares else [number]) + shares)
+        return " · ".join([*([] if number == "1" and shares else [number]), *shares])
     parts = ", ".join(
         f"{words[place]} on {layout.cell_name(dims, place, cells.shape, -1)}"
         for place in np.ndindex(cells.shape)
