@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from uscale_jax import _factors, _jax, _symmetry, _tree
-from uscale_jax._plan import NEW_MEAN, LeafPlan, Plan
+from uscale_jax._plan import LeafPlan, Plan
 from uscale_jax._symmetry import AMOUNTS, Dimensions
 from uscale_jax._types import Key, Tree
+from uscale_jax.trace.units import NEW_MEAN
 
 
 def grow(
@@ -184,7 +185,7 @@ def _grow(
     sharding = None if _jax.is_traced(leaf) else resized_sharding(leaf, plan.big)
     run = _program(sharding, kind, plan.zero, plan.big, plan.floating)
     chosen = AMOUNTS.get(symmetry or "", 0.0) if amount is None else amount
-    return run(leaf, plan.maps, plan.factors, plan.shift, which, chosen, key)
+    return run(leaf, plan.maps, plan.averages, plan.factors, plan.shift, which, chosen, key)
 
 
 @cache
@@ -222,6 +223,7 @@ def resized_sharding(leaf: Any, shape: Sequence[int]) -> jax.sharding.NamedShard
 def _grown(
     leaf: jax.Array,
     maps: tuple[Any, ...],
+    averages: tuple[tuple[Any, ...], ...],
     factors: tuple[Any, ...],
     shift: Any,
     which: Dimensions,
@@ -240,7 +242,7 @@ def _grown(
         return _placed(leaf, maps)
     wide = _factors.compute_dtype(leaf.dtype)
     constant = jnp.asarray(shift, wide)
-    x = _placed(leaf.astype(wide) + constant, maps)
+    x = _placed(leaf.astype(wide) + constant, maps, averages)
     for factor in factors:
         x = x * jnp.asarray(factor).astype(wide)
     if kind is not None:
@@ -249,15 +251,18 @@ def _grown(
     return _jax.with_weak_type((x - constant).astype(leaf.dtype), leaf)
 
 
-def _placed(x: jax.Array, maps: Sequence[Any]) -> jax.Array:
-    """Takes every place of the big leaf from the small one; new places are 0, or the mean."""
+def _placed(x: jax.Array, maps: Sequence[Any], averages: Sequence[Sequence[Any]] = ()) -> jax.Array:
+    """Takes every place of the big leaf from the small one; new places are 0, or means."""
     for axis, old in enumerate(maps):
         if old is None:
             continue
         taken = jnp.take(x, jnp.maximum(old, 0), axis=axis, mode="clip")
         if _factors.is_scaled(x):
-            mean = jnp.mean(x, axis=axis, keepdims=True)
-            old = old.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-            taken = jnp.where(old >= 0, taken, jnp.where(old == NEW_MEAN, mean, 0))
+            shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+            taken = jnp.where((old >= 0).reshape(shape), taken, 0)
+            sets = averages[axis] if averages else ()
+            for number, places in enumerate(sets):
+                mean = jnp.mean(jnp.take(x, places, axis=axis), axis=axis, keepdims=True)
+                taken = jnp.where((old == NEW_MEAN - number).reshape(shape), mean, taken)
         x = taken
     return x

@@ -17,11 +17,6 @@ from uscale_jax._types import Apply, Key, Tree
 Indices: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Term: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
-NEW_ZERO = -1
-"""In an index map: a place of the big leaf that starts as zero."""
-NEW_MEAN = -2
-"""In an index map: a place of the big leaf that starts as the mean over the small one's places."""
-
 
 @dataclass(frozen=True, eq=False)
 class LeafPlan:
@@ -38,8 +33,11 @@ class LeafPlan:
     big: tuple[int, ...]
     dtype: str
     maps: tuple[Indices | None, ...]
-    """Per dimension, the place in the small leaf of every place in the big one; -1 for one that
-    starts as zero, -2 for one that starts as the mean; None where both are the same."""
+    """Per dimension, the place in the small leaf of every place in the big one; None where all
+    are the same.  Places that copy none: -1 starts as zero, -2 as the mean over the first set in
+    ``averages``, -3 over the second, and so on."""
+    averages: tuple[tuple[Indices, ...], ...] = ()
+    """Per dimension, sets of places in the small leaf."""
     factors: tuple[Term, ...] = ()
     """Arrays that broadcast against the big leaf; their product is m."""
     copies: tuple[Term, ...] = ()

@@ -12,9 +12,9 @@ import numpy as np
 
 from uscale_jax import _tree
 from uscale_jax._axes import named_axes
-from uscale_jax._plan import NEW_ZERO, LeafPlan, Models, Plan, PlanAxis
+from uscale_jax._plan import LeafPlan, Models, Plan, PlanAxis
 from uscale_jax._types import Apply, Key, Tree
-from uscale_jax.trace import keep
+from uscale_jax.trace import keep, padded
 from uscale_jax.trace.deepening import Steps, Zeros
 from uscale_jax.trace.depth import Deepened, deepen
 from uscale_jax.trace.growth import LeafGrowth, leaf_growths
@@ -24,6 +24,7 @@ from uscale_jax.trace.sizes import changing, places
 from uscale_jax.trace.tracing import Model, Traced, trace
 from uscale_jax.trace.tracing import traced as trace_closed
 from uscale_jax.trace.uneven import Role, roles
+from uscale_jax.trace.units import NEW_ZERO
 
 
 def plan(
@@ -58,7 +59,9 @@ def plan(
     which :func:`scale_optimizer` and :func:`resize_state` do.
 
     Sizes need not be multiples: units are then repeated unequally often, which is exact wherever
-    no mean is taken over them with equal weights (and under RMSNorm, with other factors).
+    no mean is taken over them with equal weights (and under RMSNorm, whose lanes take
+    :math:`1/\sqrt{\mathrm{copies}}`).  Under LayerNorm the rest of the lanes are new: they hold
+    the mean of the old ones, with factors that keep the variance and ε.
 
     **Layers** are added with ``depth``: in lists whose names end in numbers (``layers_0``, ...)
     or stacked for a scan.  Each layer of the big model is a copy of one of the small model; the
@@ -111,7 +114,9 @@ def plan(
     References:
       Replication: Chen et al., *Net2Net*, 2016 (arXiv:1511.05641), Eq. 3 and 4.  With the
       optimizer: Ma et al., *μP upscaling*, 2026 (arXiv:2602.10545); the learning rates are those
-      of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.
+      of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.  New lanes under
+      LayerNorm: after the average expansion of Wang et al., *LEMON*, 2023 (arXiv:2310.07999),
+      with ε as it is.
     """
     small, big = Model(small_apply, small_params), Model(big_apply, big_params)
     deepened = None if depth is None else deepen(small, big, inputs, depth, new_layers)
@@ -138,12 +143,23 @@ def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any]) -> Traced:
 
 def _leaves(traced: Traced) -> list[LeafPlan]:
     """The leaves of the small model, grown in width."""
-    growths = leaf_growths(keep.solve(traced))
-    known = roles(traced, frozenset(changing(traced)))
+    solution = _solved(traced)
+    known = roles(solution.traced, frozenset(changing(solution.traced)))
     return [
         _leaf(traced, i, growth, role)
-        for i, (growth, role) in enumerate(zip(growths, known, strict=True))
+        for i, (growth, role) in enumerate(zip(leaf_growths(solution), known, strict=True))
     ]
+
+
+def _solved(traced: Traced) -> keep.Solution:
+    """With copies of units alone; where these must be equally many and cannot, with new units."""
+    try:
+        return keep.solve(traced)
+    except keep.NotEquallyOften as unequal:
+        try:
+            return padded.solve(traced)
+        except ValueError as error:
+            raise ValueError(f"{unequal}\nNor can units be added: {error}") from None
 
 
 def _leaf(traced: Traced, i: int, growth: LeafGrowth, role: Sequence[Role]) -> LeafPlan:
@@ -156,6 +172,7 @@ def _leaf(traced: Traced, i: int, growth: LeafGrowth, role: Sequence[Role]) -> L
         big=_shape(value, -1),
         dtype=str(value.dtype),
         maps=growth.maps,
+        averages=growth.averages,
         factors=growth.factors,
         copies=growth.copies,
         shift=growth.shift,
@@ -219,6 +236,10 @@ def _notes(leaves: Sequence[LeafPlan], deepened: Deepened | None) -> tuple[str, 
     if untouched:
         names = ", ".join(untouched)
         notes.append(f"without factor or learning rate, being no floating leaves: {names}")
+    lanes = [leaf.name for leaf in leaves if any(leaf.averages)]
+    if lanes:
+        names = ", ".join(lanes[:4]) + (f" and {len(lanes) - 4} more" if len(lanes) > 4 else "")
+        notes.append(f"new lanes, the mean of old ones, which training tells apart: {names}")
     for family in () if deepened is None else deepened.families:
         sources = ", ".join(map(str, family.sources))
         notes.append(f"layers {family.name}: {family.small} → {family.big}, copies of {sources}")

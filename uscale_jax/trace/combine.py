@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from uscale_jax.trace import affine
-from uscale_jax.trace.affine import ZERO, Expr, plus, scaled
-from uscale_jax.trace.atoms import Atom, alternatives, is_opaque, monomials
+from uscale_jax.trace.affine import ZERO, Expr, plus
+from uscale_jax.trace.atoms import Atom, alternatives, is_opaque
 from uscale_jax.trace.description import Dims, Kind, Labelled, Scale
-from uscale_jax.trace.equations import Cell, Cells, System, log_ratio, one_cell
+from uscale_jax.trace.equations import Cell, Cells, System, one_cell
 from uscale_jax.trace.program import Equation, Value
 from uscale_jax.trace.source import Source
 
@@ -40,7 +40,10 @@ class Walk(Protocol):
     """What an equation needs to know of the walk it is part of."""
 
     system: System
-    uneven: frozenset[Atom]
+
+    def ratios(self, eqn: Equation, atom: Atom) -> Sequence[Expr]:
+        """Return by how much a sum over each cell of an atom grows."""
+        ...
 
     def cells(self, value: Value, source: Source | None = None) -> Cells:
         """Return the cells of a value."""
@@ -161,7 +164,7 @@ class Labels:
     def _added(self, cells: Cells) -> Cells:
         """Adding up over an axis that grows r-fold multiplies by r."""
         for atom in self.what.summed:
-            ratios = [log_ratio(cell, self.walk.uneven) for cell in monomials((atom,))]
+            ratios = self.walk.ratios(self.eqn, atom)
             if not any(ratios):
                 continue
             axis = self.place[id(atom)]
@@ -196,9 +199,10 @@ class Labels:
                 self.walk.suggest(cell, wish, kernel)
 
     def _contraction(self) -> Expr:
-        first = [next(iter(monomials((atom,)))) for atom in self.what.summed]
-        atoms = (atom for monomial in first for atom in monomial)
-        return scaled(log_ratio(atoms, self.walk.uneven), -1)
+        total = ZERO
+        for atom in self.what.summed:
+            total = plus(total, self.walk.ratios(self.eqn, atom)[0], -1)
+        return total
 
 
 def _powers(walk: Walk, eqn: Equation, scale: Scale, cells: list[Cell], scales: list[bool]) -> Cell:

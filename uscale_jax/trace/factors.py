@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from uscale_jax.trace import shifts
 from uscale_jax.trace.affine import ZERO, Expr, plus
-from uscale_jax.trace.atoms import Atom, alternatives, is_opaque
+from uscale_jax.trace.atoms import Atom, alternatives, is_opaque, monomials
 from uscale_jax.trace.axes import Structure
 from uscale_jax.trace.combine import LAYOUT, Labels
 from uscale_jax.trace.description import Blocks, Labelled, Regrouped
@@ -27,6 +27,7 @@ from uscale_jax.trace.equations import (
     Cells,
     System,
     constant_cell,
+    log_ratio,
     one_cell,
     same_arrays,
     same_number,
@@ -38,6 +39,9 @@ from uscale_jax.trace.source import Source
 # Expressions longer than this get a name of their own, so that depth costs linear time.
 _LONG = 12
 
+Sums: TypeAlias = Mapping[tuple[int, Atom], Sequence[Expr]]
+"""By the id of an equation and an atom that it sums over, by how much each cell's sum grows."""
+
 
 def build(
     structure: Structure,
@@ -45,15 +49,17 @@ def build(
     *,
     shifting: bool = False,
     uneven: frozenset[Atom] = frozenset(),
+    sums: Sums | None = None,
 ) -> System:
     """Returns the equations of a program whose first inputs are the parameters ``leaf_names``.
 
     With ``shifting``, factors of leaves that are only read as ``c + leaf`` are factors of the sum.
-    Axes whose units are not repeated equally often are ``uneven``.
+    Axes whose units are not repeated equally often are ``uneven``; ``sums`` are those that do not
+    grow as their axis does.
     """
     none = shifts.Shifts({}, frozenset())
     shifted = shifts.find(structure.program, len(leaf_names)) if shifting else none
-    walk = _Walk(structure, shifted, uneven)
+    walk = _Walk(structure, shifted, uneven, sums or {})
     for value, name in zip(structure.program.inputs, leaf_names, strict=False):
         walk.add_leaf(value, name)
     for value in structure.program.captured:
@@ -68,11 +74,15 @@ class _Walk:
     """Carries cells through a program."""
 
     def __init__(
-        self, structure: Structure, shifted: shifts.Shifts, uneven: frozenset[Atom]
+        self,
+        structure: Structure,
+        shifted: shifts.Shifts,
+        uneven: frozenset[Atom],
+        sums: Sums,
     ) -> None:
         self.structure = structure
         self.shifted = shifted
-        self.uneven = uneven
+        self.uneven, self.sums = uneven, sums
         self.system = System(shifts=shifted.by_leaf)
         self.known: dict[int, Cells] = {}
         self.views: dict[int, bool] = {}
@@ -154,6 +164,11 @@ class _Walk:
             seen = eqn.name in LAYOUT and bool(eqn.inputs) and self.is_view(eqn.inputs[0])
         for value in eqn.outputs:
             self.views[id(value)] = seen
+
+    def ratios(self, eqn: Equation, atom: Atom) -> Sequence[Expr]:
+        """Returns by how much a sum over each cell of an atom grows."""
+        known = self.sums.get((id(eqn), atom))
+        return known or [log_ratio(cell, self.uneven) for cell in monomials((atom,))]
 
     def is_shift(self, eqn: Equation) -> bool:
         """Whether an equation adds the constant that a leaf is always read with."""

@@ -14,10 +14,10 @@ from uscale_jax.trace.atoms import Atom, Dim, dim_size, monomials
 from uscale_jax.trace.description import Dims
 from uscale_jax.trace.equations import Cells, each_cell
 from uscale_jax.trace.keep import Solution
+from uscale_jax.trace.lanes import Fact
 from uscale_jax.trace.layout import Places, cell_of_place
-
-Term: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
-"""Numbers that broadcast against a leaf."""
+from uscale_jax.trace.program import Value
+from uscale_jax.trace.units import NEW_MEAN, NEW_ZERO, Term, Units, units
 
 
 class LeafGrowth(NamedTuple):
@@ -27,7 +27,11 @@ class LeafGrowth(NamedTuple):
     """
 
     maps: tuple[Places | None, ...]
-    """Per dimension, the place in the small leaf of every place in the big one; None for all."""
+    """Per dimension, the place in the small leaf of every place in the big one; None for all.
+    Negative for new places: -1 is 0, -2 the mean over the first of ``averages``, -3 over the
+    second, and so on."""
+    averages: tuple[tuple[Places, ...], ...]
+    """Per dimension, sets of old places."""
     factors: tuple[Term, ...]
     copies: tuple[Term, ...]
     """Their product is the number of copies of every element."""
@@ -46,76 +50,92 @@ class _Line(NamedTuple):
     copies: Term
     weight: Term
     partner: Places
+    averages: list[Places]
 
 
-def unit_map(atom: Atom) -> Places:
-    """Returns the unit of the small model that every place of the big one is a copy of."""
-    small, big = atom.size[0], atom.size[-1]
-    return np.arange(big) * small // big
+_Facts: TypeAlias = "Sequence[Sequence[Fact | None]]"
 
 
 def leaf_growths(solution: Solution) -> list[LeafGrowth]:
     """Returns the growth of every leaf."""
-    structure = solution.traced.structure
-    found = []
-    for i, cells in enumerate(solution.cells):
-        value = structure.program.inputs[i]
-        dims, powers = structure.of(value), solution.copies[i]
-        lines = [_line(d, p) for d, p in zip(dims, powers, strict=True)]
-        sizes = [dim_size(dim, 2) for dim in dims]
-        maps = tuple(
-            None if small == big and np.array_equal(line.old, np.arange(big)) else line.old
-            for line, (small, big) in zip(lines, sizes, strict=True)
-        )
-        factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
-        words = _words(cells, dims, _shares(powers))
-        shift = solution.system.shifts.get(i, 0.0)
-        copies = _terms([line.copies for line in lines])
-        if not value.scales:
-            factors, words = (), "1"
-        partners = tuple(line.partner for line in lines)
-        found.append(LeafGrowth(maps, factors, copies, shift, words, partners))
-    return found
+    values = solution.traced.structure.program.inputs
+    return [_leaf_growth(solution, i, values[i]) for i in range(len(solution.cells))]
 
 
-def _line(dim: Dim, powers: Sequence[Sequence[Fraction]]) -> _Line:
+def _leaf_growth(solution: Solution, i: int, value: Value) -> LeafGrowth:
+    dims, powers, cells = solution.traced.structure.of(value), solution.copies[i], solution.cells[i]
+    nothing: Any = [[[None] * len(cell) for cell in dim] for dim in powers]
+    facts = nothing if solution.lanes is None else solution.lanes[i]
+    lines = [_line(d, p, f) for d, p, f in zip(dims, powers, facts, strict=True)]
+    pairs = zip(lines, (dim_size(dim, 2) for dim in dims), strict=True)
+    factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
+    return LeafGrowth(
+        maps=tuple(None if _is_all(line.old, size) else line.old for line, size in pairs),
+        averages=tuple(tuple(line.averages) for line in lines),
+        factors=factors if value.scales else (),
+        copies=_terms([line.copies for line in lines]),
+        shift=solution.system.shifts.get(i, 0.0),
+        words=_words(cells, dims, _shares(powers)) if value.scales else "1",
+        partners=tuple(line.partner for line in lines),
+    )
+
+
+def _is_all(old: Places, size: Sequence[int]) -> bool:
+    return size[0] == size[-1] and np.array_equal(old, np.arange(size[-1]))
+
+
+def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], facts: _Facts) -> _Line:
     """Places of one cell, in order, are the row-major product of the cell's atoms."""
     cells = [cell_of_place(dim, program) for program in (0, -1)]
     count = len(cells[1])
     none = np.zeros(count, np.int64)
-    line = _Line(none, np.ones(count), np.ones(count), np.full(count, -1))
+    line = _Line(none, np.ones(count), np.ones(count), np.full(count, -1), [])
     for cell, atoms in enumerate(monomials(dim)):
         small, big = (np.flatnonzero(each == cell) for each in cells)
+        along = [units(atom, fact) for atom, fact in zip(atoms, facts[cell], strict=True)]
         local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
-        for atom, power in zip(atoms, powers[cell], strict=True):
-            old = unit_map(atom)
-            each = np.bincount(old, minlength=atom.size[0])[old].astype(float)
-            local = (local[:, None] * atom.size[0] + old).reshape(-1)
-            copies = (copies[:, None] * each).reshape(-1)
-            weight = (weight[:, None] * each ** float(power)).reshape(-1)
+        for atom, each, power in zip(atoms, along, powers[cell], strict=True):
+            local = (local[:, None] * atom.size[0] + each.unit).reshape(-1)
+            copies = (copies[:, None] * each.copies).reshape(-1)
+            weight = (weight[:, None] * each.copies ** float(power)).reshape(-1)
         line.old[big], line.copies[big], line.weight[big] = small[local], copies, weight
-        line.partner[big] = _partners(atoms, big)
+        line.partner[big] = _partners(along, big)
+        if any(each.new.any() for each in along):
+            line.old[big] = _with_new(atoms, along, small, line)
     return line
 
 
-def _partners(atoms: Sequence[Atom], places: Places) -> Places:
+def _partners(along: Sequence[Units], places: Places) -> Places:
     """Pairs differ along one axis, and are first copies along all others."""
     new, first, paired = np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, bool)
-    for atom in atoms:
-        rank, mate, complete = _pairs(unit_map(atom))
-        new = (new[:, None] + (rank > 0)).reshape(-1)
-        first = (first[:, None] * atom.size[-1] + mate).reshape(-1)
-        paired = (paired[:, None] & (complete | (rank == 0))).reshape(-1)
+    for each in along:
+        new = (new[:, None] + (each.rank > 0)).reshape(-1)
+        first = (first[:, None] * len(each.rank) + each.mate).reshape(-1)
+        paired = (paired[:, None] & (each.paired | (each.rank == 0))).reshape(-1)
     return np.where(new == 0, -1, np.where((new == 1) & paired, places[first], -2))
 
 
-def _pairs(old: Places) -> tuple[Places, Places, Any]:
-    """Which copy of its unit every place is, the first place of its pair, whether there are two."""
-    starts = np.searchsorted(old, old)
-    rank = np.arange(len(old)) - starts
-    pair = (rank + 1) // 2
-    mate = np.where(rank == 0, starts, starts + 2 * pair - 1)
-    return rank, mate, np.bincount(old)[old] > 2 * pair
+def _with_new(atoms: Sequence[Atom], along: Sequence[Units], small: Places, line: _Line) -> Places:
+    """Old places of a cell, and what its new ones are: means are taken along the new axes alone."""
+    sizes = [atom.size[0] for atom in atoms]
+    found, known = [], {tuple(places): i for i, places in enumerate(line.averages)}
+    for at in np.ndindex(*(len(each.unit) for each in along)):
+        news = [each.new[i] for each, i in zip(along, at, strict=True)]
+        ranges = [
+            np.arange(size) if new else each.unit[i : i + 1]
+            for size, each, new, i in zip(sizes, along, news, at, strict=True)
+        ]
+        old = small[np.ravel_multi_index(np.ix_(*ranges), sizes).reshape(-1)]
+        if NEW_ZERO in news:
+            found.append(NEW_ZERO)
+        elif NEW_MEAN in news:
+            if tuple(old) not in known:
+                known[tuple(old)] = len(line.averages)
+                line.averages.append(old)
+            found.append(NEW_MEAN - known[tuple(old)])
+        else:
+            found.append(int(old[0]))
+    return np.asarray(found, np.int64)
 
 
 def _cell_factors(cells: Cells, dims: Dims) -> tuple[Term, ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from uscale_jax import _tree
 from uscale_jax.trace import affine, factors, linear
 from uscale_jax.trace.atoms import Atom
 from uscale_jax.trace.equations import NEVER, Cells, Requirement, System, each_cell
+from uscale_jax.trace.lanes import Fact
 from uscale_jax.trace.sizes import check_sizes, describe_places, places, uneven
 from uscale_jax.trace.tracing import Traced, output_names
 from uscale_jax.trace.uneven import Powers, Unequal, powers
@@ -27,6 +29,16 @@ class Solution:
     """Per leaf, expressions without unknowns."""
     copies: list[Powers]
     """Per leaf, the power of the number of copies along axes with unequally many."""
+    lanes: list[Facts] | None = None
+    """Per leaf, what it is on new lanes of axes whose units cannot all be copies."""
+
+
+Facts: TypeAlias = "list[list[list[Fact | None]]]"
+"""Per dimension, per cell, per atom of the cell; None along axes without new lanes."""
+
+
+class NotEquallyOften(ValueError):
+    """Sizes for which units cannot be repeated equally often, as they would have to be."""
 
 
 def solve(traced: Traced) -> Solution:
@@ -36,6 +48,7 @@ def solve(traced: Traced) -> Solution:
     have it be: a kernel contracted over an axis that grows r-fold takes 1/r, anything else 1.
 
     Raises:
+      NotEquallyOften: units of an axis must be repeated equally often, and cannot be.
       ValueError: an axis that is fixed has another size in the big model, a size is smaller, or
         equations contradict each other.
     """
@@ -44,6 +57,15 @@ def solve(traced: Traced) -> Solution:
     apart = uneven(traced)
     copies = _copies(traced, apart)
     system = factors.build(traced.structure, names, shifting=True, uneven=apart)
+    return Solution(traced, system, fulfilled(traced, system), copies)
+
+
+def fulfilled(traced: Traced, system: System) -> list[Cells]:
+    """Returns the factors of all leaf cells under which equations hold and outputs stay.
+
+    Raises:
+      ValueError: the equations contradict each other.
+    """
     wanted = [*system.requirements, *_same_outputs(traced, system)]
     try:
         found = linear.nearest(
@@ -51,17 +73,14 @@ def solve(traced: Traced) -> Solution:
         )
     except linear.Clash as clash:
         raise ValueError(clash_text([wanted[i] for i in clash.members], system)) from None
-    cells = [
-        each_cell(cells, lambda cell: affine.total(cell, found)) for cells in system.leaf_cells
-    ]
-    return Solution(traced, system, cells, copies)
+    return [each_cell(cells, lambda cell: affine.total(cell, found)) for cells in system.leaf_cells]
 
 
 def _copies(traced: Traced, apart: frozenset[Atom]) -> list[Powers]:
     try:
         return powers(traced, apart)
     except Unequal as unequal:
-        raise ValueError(_unequal_text(traced, unequal)) from None
+        raise NotEquallyOften(_unequal_text(traced, unequal)) from None
 
 
 def _unequal_text(traced: Traced, unequal: Unequal) -> str:
@@ -71,8 +90,11 @@ def _unequal_text(traced: Traced, unequal: Unequal) -> str:
     for atom in dict.fromkeys(unequal.atoms):
         lines.append(f"  {atom.size[0]} (small), {atom.size[-1]} (big) is no multiple")
         lines.append(f"    {describe_places(where.get(atom, []))}")
-    for _, text, source in unequal.members:
-        lines.append(f"  {text}" + ("" if source is None else f" at {source}"))
+    said = [
+        f"  {text}" + ("" if source is None else f" at {source}")
+        for _, text, source in unequal.members
+    ]
+    lines += dict.fromkeys(said)
     lines.append("Expected: a multiple of the small size. Fix: change the size in the big model.")
     return "\n".join(lines)
 

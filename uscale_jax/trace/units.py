@@ -1,0 +1,65 @@
+"""Along one axis that grows: which unit every place copies, how often, and which places are new."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from uscale_jax.trace.atoms import Atom
+from uscale_jax.trace.lanes import Fact
+from uscale_jax.trace.layout import Places
+
+Term: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+"""Numbers that broadcast against a leaf."""
+
+NEW_ZERO, NEW_MEAN = -1, -2
+"""A place that copies no unit: it is 0, or the mean over all units."""
+
+
+class Units(NamedTuple):
+    """Places along an axis of the big model."""
+
+    unit: Places
+    """The unit of the small model that the place is a copy of."""
+    copies: Term
+    """How many copies of it there are."""
+    new: Places
+    """``NEW_ZERO`` or ``NEW_MEAN`` where units are new, else 0."""
+    rank: Places
+    """Which of the copies it is, from 0."""
+    mate: Places
+    """The first place of its pair: copies 1 and 2, 3 and 4, ... are pairs."""
+    paired: Any
+    """Whether both of its pair are there."""
+
+
+def units(atom: Atom, fact: Fact | None = None) -> Units:
+    """Returns the places of an axis; with a fact about new lanes, those come last.
+
+    Without, every unit of n that become m is repeated m/n times, some once more than others.
+    """
+    small, big = atom.size[0], atom.size[-1]
+    whole = big if fact is None else big // small * small
+    unit = np.arange(whole) * small // max(whole, 1)
+    starts = np.searchsorted(unit, unit)
+    rank = np.arange(whole) - starts
+    pair = (rank + 1) // 2
+    counts = np.bincount(unit, minlength=small)[unit]
+    mate = np.where(rank == 0, starts, starts + 2 * pair - 1)
+    found = Units(unit, counts.astype(float), 0 * unit, rank, mate, counts > 2 * pair)
+    # Where it does not matter, the mean is better than 0, at which nothing would be learned.
+    return found if whole == big else _with_new(found, big - whole, fact is not Fact.ZERO)
+
+
+def _with_new(old: Units, count: int, mean: bool) -> Units:
+    """New places are copies of nothing: no partners, and not the first of any unit."""
+    one = np.ones(count, np.int64)
+    return Units(
+        np.append(old.unit, 0 * one),
+        np.append(old.copies, one),
+        np.append(old.new, (NEW_MEAN if mean else NEW_ZERO) * one),
+        np.append(old.rank, one),
+        np.append(old.mate, 0 * one),
+        np.append(old.paired, one == 0),
+    )
