@@ -156,7 +156,7 @@ def test_programs_grow_exactly_or_are_refused_in_words():
 def test_missing_factors_are_noticed(monkeypatch):
     """Without its factors a grown model is another function, and the comparison says so."""
     monkeypatch.setattr(affine, "factor", lambda known: 1.0)
-    kinds = [outcome.kind for i in range(8) for outcome in outcomes(random.Random(i))]
+    kinds = [outcome.kind for i in range(12) for outcome in outcomes(random.Random(i))]
     assert kinds.count("wrong") > 4, kinds
 
 

@@ -63,8 +63,22 @@ def no_multiples(name: str, sizes: Sequence[str]) -> Model:
     return Model(built.apply, built.params)
 
 
-# Sizes whose units have to be repeated equally often: means over them, softmax, groups in step.
-EQUALLY: dict[str, tuple[str, ...]] = {}
+# Sizes whose units have to be repeated equally often, for none can be added either: norms after
+# the residual sum, over groups and space, or behind which units are multiplied; softmax over units.
+EQUALLY = {
+    "bert": ("width",),
+    "cnn group norm": ("per_group_0", "per_group_1"),
+    "convnext": ("channels",),
+    "encoder post-norm": ("width",),
+    "linear attention": ("key",),
+    "memory slots": ("slots",),
+    "mlp-mixer": ("width",),
+    "nnx cnn": ("per_group",),
+    "perceiver": ("latents",),
+    "soft mixture": ("experts",),
+    "soft mixture stack": ("experts",),
+    "unet group norm": ("down_0", "down_1", "bottom", "up_1", "up_0"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ import numpy as np
 from uscale_jax import _tree
 from uscale_jax._table import places_words, shape_words, table
 from uscale_jax._types import Apply, Key, Tree
+from uscale_jax.trace.units import NEW_ZERO
 
 Indices: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Term: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -77,10 +78,16 @@ class LeafPlan:
         """Return n: a float, or an array that broadcasts against the big leaf."""
         return _product(self.copies)
 
-    @property
-    def kept_layers(self) -> Indices:
-        """Return the places along ``layer_dim`` that stand for the small model's layers."""
-        return np.unique(np.asarray(self.layers, np.int64), return_index=True)[1]
+    def maps_of(self, new_layers: bool) -> tuple[Indices | None, ...]:
+        """Return the maps with new layers of a stacked leaf as copies, or as copies of nothing."""
+        if self.layer_dim is None:
+            return self.maps
+        sources = np.asarray(self.layers, np.int64)
+        first = np.zeros(len(sources), bool)
+        first[np.unique(sources, return_index=True)[1]] = True
+        maps = list(self.maps)
+        maps[self.layer_dim] = np.where(first | new_layers, sources, NEW_ZERO)
+        return tuple(maps)
 
     @property
     def floating(self) -> bool:

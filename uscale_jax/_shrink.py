@@ -86,10 +86,7 @@ def fitting(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[K
 
 
 def _shrunk(leaf: Any, plan: LeafPlan) -> Any:
-    maps = plan.maps
-    if plan.layer_dim is not None:
-        leaf = jnp.take(leaf, plan.kept_layers, axis=plan.layer_dim)
-        maps = tuple(None if i == plan.layer_dim else old for i, old in enumerate(maps))
+    maps = plan.maps_of(new_layers=False)
     if not plan.floating:
         return _first_copies(leaf, maps)
     return _jitted(leaf, maps, (*plan.factors, *plan.copies), plan.shift, plan.small)
