@@ -24,6 +24,9 @@ from uscale_jax._exponents import Obstacle as Obstacle
 from uscale_jax._exponents import Symmetry as Symmetry
 from uscale_jax._exponents import TracedExponents as TracedExponents
 from uscale_jax._exponents import trace_exponents as trace_exponents
+from uscale_jax._frame import UnitScaleFrameWarning as UnitScaleFrameWarning
+from uscale_jax._frame import clip_by_global_norm as clip_by_global_norm
+from uscale_jax._frame import scale_optimizer as scale_optimizer
 from uscale_jax._grow import grow as grow
 from uscale_jax._homogeneous import homogeneous_exponents as homogeneous_exponents
 from uscale_jax._learning_rate import UnitScaleState as UnitScaleState
@@ -33,6 +36,7 @@ from uscale_jax._plan import Plan as Plan
 from uscale_jax._plan import PlanAxis as PlanAxis
 from uscale_jax._planning import plan as plan
 from uscale_jax._shrink import shrink as shrink
+from uscale_jax._state import resize_state as resize_state
 from uscale_jax._values import scale_params as scale_params
 from uscale_jax._verify import Verification as Verification
 from uscale_jax._verify import verify as verify
