@@ -1,8 +1,16 @@
 """Strict JAX for every test: 8 CPU devices, no implicit promotion of dtypes or ranks."""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Programs of tests run once or twice: compiling them well takes longer than running them.  XLA
+# does not start with an option that it does not know.
+_QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if version("jaxlib").startswith(("0.9.", "0.10.")):
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
 
 import jax
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uscale_jax import _factors, _jax, _symmetry, _tree
 from uscale_jax._plan import LeafPlan, Plan
@@ -257,12 +258,24 @@ def _placed(x: jax.Array, maps: Sequence[Any], averages: Sequence[Sequence[Any]]
         if old is None:
             continue
         taken = jnp.take(x, jnp.maximum(old, 0), axis=axis, mode="clip")
-        if _factors.is_scaled(x):
-            shape = [-1 if i == axis else 1 for i in range(x.ndim)]
-            taken = jnp.where((old >= 0).reshape(shape), taken, 0)
-            sets = averages[axis] if averages else ()
-            for number, places in enumerate(sets):
-                mean = jnp.mean(jnp.take(x, places, axis=axis), axis=axis, keepdims=True)
-                taken = jnp.where((old == NEW_MEAN - number).reshape(shape), mean, taken)
+        shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+        if not jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys have no zero
+            taken = jnp.where((old >= 0).reshape(shape), taken, jnp.zeros((), x.dtype))
+        sets = averages[axis] if averages else ()
+        if sets and _factors.is_scaled(x):
+            mean = jnp.take(_means(x, sets, axis), NEW_MEAN - old, axis=axis, mode="clip")
+            taken = jnp.where((old <= NEW_MEAN).reshape(shape), mean, taken)
         x = taken
     return x
+
+
+def _means(x: jax.Array, sets: Sequence[Any], axis: int) -> jax.Array:
+    """The means over sets of places along an axis, all sets of one size at once."""
+    sizes = [len(places) for places in sets]
+    found, order = [], []
+    for size in dict.fromkeys(sizes):
+        order += [number for number, own in enumerate(sizes) if own == size]
+        alike = jnp.stack([places for places in sets if len(places) == size])
+        found.append(jnp.mean(jnp.take(x, alike, axis=axis), axis=axis + 1))
+    where = np.argsort(np.asarray(order))
+    return jnp.take(jnp.concatenate(found, axis=axis), where, axis=axis)

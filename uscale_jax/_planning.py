@@ -35,6 +35,7 @@ def plan(
     *inputs: Any,
     depth: Depth | None = None,
     new_layers: str = "identity",
+    rotary: bool = False,
 ) -> Plan:
     r"""Returns how a larger model is made from a smaller one so that it is the same function.
 
@@ -82,6 +83,10 @@ def plan(
         one is a copy of: ``"interleave"`` (0, 0, 1, 1, ...), ``"stack"`` (0, 1, ..., 0, 1, ...),
         a list of numbers, or a dict of lists by family (``"params/layers_*"``).
       new_layers: ``"identity"`` or ``"copy"``.
+      rotary: whether heads with rotary embeddings may grow, by a whole factor k.  Pair k·i of the
+        big model turns at the rate of pair i of the small one; the pairs between are new, and 0
+        for queries or keys.  Holds of any numbers computed from places alone of which those of
+        the small model are every k-th of the big one's; others are refused.
 
     Returns:
       :class:`Plan`: index maps, factors m, numbers of copies n and learning-rate factors per
@@ -120,7 +125,11 @@ def plan(
     """
     small, big = Model(small_apply, small_params), Model(big_apply, big_params)
     deepened = None if depth is None else deepen(small, big, inputs, depth, new_layers)
-    traced = trace([small, big], inputs) if deepened is None else _cut(deepened, small, inputs)
+    traced = (
+        trace([small, big], inputs, rotary=rotary)
+        if deepened is None
+        else _cut(deepened, small, inputs, rotary)
+    )
     found = _leaves(traced)
     leaves = found if deepened is None else _layers(deepened, found, big)
     return Plan(
@@ -136,9 +145,9 @@ def plan(
     )
 
 
-def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any]) -> Traced:
+def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any], rotary: bool) -> Traced:
     programs = [deepened.small, deepened.closed]
-    return trace_closed(programs, small.params, inputs, deepened.outputs)
+    return trace_closed(programs, small.params, inputs, deepened.outputs, rotary=rotary)
 
 
 def _leaves(traced: Traced) -> list[LeafPlan]:
@@ -153,6 +162,8 @@ def _leaves(traced: Traced) -> list[LeafPlan]:
 
 def _solved(traced: Traced) -> keep.Solution:
     """With copies of units alone; where these must be equally many and cannot, with new units."""
+    if traced.structure.strided.atoms:
+        return padded.solve(traced)
     try:
         return keep.solve(traced)
     except keep.NotEquallyOften as unequal:
@@ -239,7 +250,7 @@ def _notes(leaves: Sequence[LeafPlan], deepened: Deepened | None) -> tuple[str, 
     lanes = [leaf.name for leaf in leaves if any(leaf.averages)]
     if lanes:
         names = ", ".join(lanes[:4]) + (f" and {len(lanes) - 4} more" if len(lanes) > 4 else "")
-        notes.append(f"new lanes, the mean of old ones, which training tells apart: {names}")
+        notes.append(f"new lanes, means or copies of old ones, which training tells apart: {names}")
     for family in () if deepened is None else deepened.families:
         sources = ", ".join(map(str, family.sources))
         notes.append(f"layers {family.name}: {family.small} → {family.big}, copies of {sources}")

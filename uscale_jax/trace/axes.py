@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uscale_jax.trace import contractions, indexing, linear_algebra, loops, primitives
+from uscale_jax.trace import contractions, indexing, linear_algebra, loops, primitives, rotary
 from uscale_jax.trace.atoms import Reason, fix, fresh, mark_read, unify
 from uscale_jax.trace.description import Blocks, Description, Dims, Labelled, Regrouped
 from uscale_jax.trace.program import Equation, Program, Value, numbers, same_numbers
@@ -25,6 +25,7 @@ class Structure:
         self.program = program
         self.dims: dict[int, Dims] = {}
         self.descriptions: list[Description] = []
+        self.strided = rotary.Strided()
 
     def of(self, value: Value) -> Dims:
         """Return the dimensions of a value, fresh ones when it is first seen."""
@@ -56,6 +57,8 @@ def analyse(program: Program, names: Sequence[str], outputs: Sequence[str]) -> S
         _apply(structure, eqn, description)
     for value, name in zip(program.outputs, outputs, strict=True):
         _fix_all(structure, value, f"is an axis of {name}")
+    if program.tables is not None:
+        structure.strided = rotary.find(structure)
     return structure
 
 
@@ -76,9 +79,11 @@ def _fix_captured(structure: Structure, value: Value) -> None:
     """A captured array holds still the axes along which it varies."""
     if value.captured is None:
         return
-    reason = Reason("indexes an array of numbers that the function closes over", None)
+    reason = Reason(rotary.CAPTURED, None)
     arrays = [numbers(array) for array in value.captured]
     for axis, dim in enumerate(structure.of(value)):
+        if rotary.is_postponed(structure.program, value, axis):
+            continue
         if any(_varies(array, axis) for array in arrays):
             fix(dim, reason)
 

@@ -66,7 +66,8 @@ def _leaf_growth(solution: Solution, i: int, value: Value) -> LeafGrowth:
     dims, powers, cells = solution.traced.structure.of(value), solution.copies[i], solution.cells[i]
     nothing: Any = [[[None] * len(cell) for cell in dim] for dim in powers]
     facts = nothing if solution.lanes is None else solution.lanes[i]
-    lines = [_line(d, p, f) for d, p, f in zip(dims, powers, facts, strict=True)]
+    strided = solution.traced.structure.strided.atoms
+    lines = [_line(d, p, f, strided) for d, p, f in zip(dims, powers, facts, strict=True)]
     pairs = zip(lines, (dim_size(dim, 2) for dim in dims), strict=True)
     factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
     return LeafGrowth(
@@ -84,7 +85,9 @@ def _is_all(old: Places, size: Sequence[int]) -> bool:
     return size[0] == size[-1] and np.array_equal(old, np.arange(size[-1]))
 
 
-def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], facts: _Facts) -> _Line:
+def _line(
+    dim: Dim, powers: Sequence[Sequence[Fraction]], facts: _Facts, strided: frozenset[Atom]
+) -> _Line:
     """Places of one cell, in order, are the row-major product of the cell's atoms."""
     cells = [cell_of_place(dim, program) for program in (0, -1)]
     count = len(cells[1])
@@ -92,7 +95,8 @@ def _line(dim: Dim, powers: Sequence[Sequence[Fraction]], facts: _Facts) -> _Lin
     line = _Line(none, np.ones(count), np.ones(count), np.full(count, -1), [])
     for cell, atoms in enumerate(monomials(dim)):
         small, big = (np.flatnonzero(each == cell) for each in cells)
-        along = [units(atom, fact) for atom, fact in zip(atoms, facts[cell], strict=True)]
+        pairs = zip(atoms, facts[cell], strict=True)
+        along = [units(atom, fact, strided=atom in strided) for atom, fact in pairs]
         local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
         for atom, each, power in zip(atoms, along, powers[cell], strict=True):
             local = (local[:, None] * atom.size[0] + each.unit).reshape(-1)
@@ -118,24 +122,23 @@ def _partners(along: Sequence[Units], places: Places) -> Places:
 def _with_new(atoms: Sequence[Atom], along: Sequence[Units], small: Places, line: _Line) -> Places:
     """Old places of a cell, and what its new ones are: means are taken along the new axes alone."""
     sizes = [atom.size[0] for atom in atoms]
-    found, known = [], {tuple(places): i for i, places in enumerate(line.averages)}
-    for at in np.ndindex(*(len(each.unit) for each in along)):
-        news = [each.new[i] for each, i in zip(along, at, strict=True)]
-        ranges = [
-            np.arange(size) if new else each.unit[i : i + 1]
-            for size, each, new, i in zip(sizes, along, news, at, strict=True)
-        ]
-        old = small[np.ravel_multi_index(np.ix_(*ranges), sizes).reshape(-1)]
-        if NEW_ZERO in news:
-            found.append(NEW_ZERO)
-        elif NEW_MEAN in news:
-            if tuple(old) not in known:
-                known[tuple(old)] = len(line.averages)
-                line.averages.append(old)
-            found.append(NEW_MEAN - known[tuple(old)])
-        else:
-            found.append(int(old[0]))
-    return np.asarray(found, np.int64)
+    unit, new = _grid([each.unit for each in along]), _grid([each.new for each in along])
+    found = small[np.ravel_multi_index(tuple(unit), sizes)]
+    zero = (new == NEW_ZERO).any(0)
+    made = (new < 0).any(0) & ~zero
+    spans = np.where(new == NEW_MEAN, -1, unit)[:, made]
+    each, which = np.unique(spans, axis=1, return_inverse=True)
+    found[zero], found[made] = NEW_ZERO, NEW_MEAN - len(line.averages) - which.reshape(-1)
+    for span in each.T:
+        ranges = [np.arange(n) if i < 0 else [i] for i, n in zip(span, sizes, strict=True)]
+        old = np.ravel_multi_index(np.ix_(*ranges), sizes).reshape(-1)
+        line.averages.append(small[old])
+    return found
+
+
+def _grid(along: Sequence[Places]) -> Places:
+    """All combinations of what is along each axis, row-major: one row an axis."""
+    return np.stack([x.reshape(-1) for x in np.meshgrid(*along, indexing="ij")])
 
 
 def _cell_factors(cells: Cells, dims: Dims) -> tuple[Term, ...]:

@@ -107,6 +107,12 @@ def of_centred(x: int) -> Combine:
     return lambda facts: lanes.both(facts) | (facts[x] & Fact.MEAN and Fact.ZERO)
 
 
+def of_copies(rule: Combine) -> Combine:
+    """Returns a rule along a strided axis, whose ``MEAN`` is a copy: of copies come copies."""
+    copied = lambda facts: all(Fact.MEAN in fact for fact in facts)  # noqa: E731
+    return lambda facts: rule(facts) | (Fact.MEAN if copied(facts) else Fact.ANY)
+
+
 def of_function(eqn: Equation) -> Combine:
     """Returns the rule of a function that nothing is known of, but its value at 0 perhaps."""
 

@@ -21,7 +21,8 @@ class Fact(enum.Flag):
     """Nothing is known, or nothing matters."""
     ZERO = enum.auto()
     MEAN = enum.auto()
-    """The value is the mean over the old lanes."""
+    """The value is the mean over the old lanes; along a strided axis, whose new lanes stand behind
+    old ones (``trace.rotary``), it is that of the old lane before."""
     SAME = enum.auto()
     """It is the same on all lanes, old and new; so it is the mean."""
 

@@ -21,11 +21,12 @@ def solve(traced: Traced) -> Solution:
     """
     sizes.check_sizes(traced)
     traced = padded_trace(traced)
-    padded = needing(traced)
+    strided = traced.structure.strided.atoms
+    padded = needing(traced) | strided
     try:
         padding = pads(traced, padded)
     except Unpaddable as unpaddable:
-        raise ValueError(_text(traced, unpaddable)) from None
+        raise ValueError(_text(traced, unpaddable, unpaddable.atom in strided)) from None
     names, apart = [_tree.name(key) for key in traced.keys], sizes.uneven(traced) - padded
     system = factors.build(traced.structure, names, shifting=True, uneven=apart, sums=padding.sums)
     return Solution(
@@ -44,11 +45,17 @@ def needing(traced: Traced) -> frozenset[Atom]:
             found |= frozenset(unequal.atoms)
 
 
-def _text(traced: Traced, unpaddable: Unpaddable) -> str:
+def _text(traced: Traced, unpaddable: Unpaddable, strided: bool) -> str:
     small, big = unpaddable.atom.size[0], unpaddable.atom.size[-1]
     where = sizes.places(traced).get(unpaddable.atom, [])
+    advice = f"Expected: a multiple of {small}. Fix: choose one, or keep that size."
+    if strided:
+        advice = (
+            "Expected: places that only products with queries, keys or kernels add up. Fix: keep "
+            "that size."
+        )
     return (
         f"an axis of {small} (small), {big} (big) cannot get units that change nothing.\n"
         f"  {unpaddable}\n  {sizes.describe_places(where)}\n"
-        f"Expected: a multiple of {small}. Fix: choose one, or keep that size."
+        f"{advice}"
     )

@@ -8,21 +8,22 @@ program, and decides of every parameter what its new lanes are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from uscale_jax.trace import affine, lanes, sizes, uneven
 from uscale_jax.trace import lane_rules as rules
 from uscale_jax.trace.affine import Expr, plus
-from uscale_jax.trace.atoms import Atom, Dim, is_opaque, monomials
-from uscale_jax.trace.description import Blocks, Dims, Kind, Labelled, Regrouped
+from uscale_jax.trace.atoms import Atom, Dim, monomials
+from uscale_jax.trace.description import Blocks, Dims, Labelled, Regrouped
 from uscale_jax.trace.equations import log_ratio
 from uscale_jax.trace.keep import Facts
 from uscale_jax.trace.lanes import CONSTANT, NOUGHT, Fact, Lanes, Undecidable
+from uscale_jax.trace.padding_labels import Labels, Sum, each_lane
 from uscale_jax.trace.program import Equation, Value
-from uscale_jax.trace.signs import sign_of, signs
+from uscale_jax.trace.signs import signs
 from uscale_jax.trace.source import Source
 from uscale_jax.trace.tracing import Traced
 from uscale_jax.trace.two_pass import Means
@@ -62,18 +63,10 @@ def pads(traced: Traced, atoms: frozenset[Atom]) -> Padding:
     walk = _Walk(traced, atoms)
     leaves = walk.run()
     sums = walk.totals(sizes.uneven(traced) - atoms)
-    facts = [[_each(dim, lambda own: lanes.settled(own).sure) for dim in leaf] for leaf in leaves]
+    facts = [
+        [each_lane(dim, lambda own: lanes.settled(own).sure) for dim in leaf] for leaf in leaves
+    ]
     return Padding(atoms, facts, sums)
-
-
-class _Sum(NamedTuple):
-    """A sum over new lanes, which are 0 or the mean."""
-
-    eqn: Equation
-    atom: Atom
-    cell: int
-    inner: Atom
-    lanes: Lanes
 
 
 class _Walk(uneven._Walk):
@@ -83,7 +76,8 @@ class _Walk(uneven._Walk):
         super().__init__(traced, padded)
         self.centred = Means(self.structure.program).centred
         self.signs = signs(self.structure.program)
-        self.sums: list[_Sum] = []
+        self.strided = self.structure.strided
+        self.sums: list[Sum] = []
 
     def _leaf(self, place: int, value: Value, name: str) -> list[Any]:
         allowed = Fact.MEAN | Fact.ZERO if value.scales else Fact.ZERO
@@ -97,7 +91,7 @@ class _Walk(uneven._Walk):
 
     def _step(self, eqn: Equation, what: Labelled | Regrouped | Blocks) -> None:
         if isinstance(what, Labelled):
-            _Labels(self, eqn, what).work()
+            Labels(self, eqn, what).work()
         elif isinstance(what, Regrouped):
             self._regrouped(eqn, what)
         else:
@@ -110,9 +104,16 @@ class _Walk(uneven._Walk):
 
     def along(self, value: Value, dims: Dims) -> Any:
         """Returns the lanes of a value along its dimensions, which ``dims`` are templates of."""
-        if not rules.is_zero(value):
-            return super().along(value, dims)
-        return [_each(self.nothing(dim), lambda _: Lanes(NOUGHT)) for dim in dims]
+        if rules.is_zero(value):
+            return [each_lane(self.nothing(dim), lambda _: Lanes(NOUGHT)) for dim in dims]
+        if value.captured is not None:
+            return [self._table(value, dim) for dim in dims]
+        return super().along(value, dims)
+
+    def _table(self, value: Value, dim: Dim) -> Any:
+        """Numbers of a table: on new lanes any others, or the same along an axis."""
+        lane = lambda a: Lanes(Fact.ANY if (id(value), a) in self.strided.varying else CONSTANT)  # noqa: E731
+        return [[lane(a) if a in self.uneven else None for a in cell] for cell in monomials(dim)]
 
     def join(self, each: Iterable[Any], eqn: Equation, atom: Atom) -> Any:
         """Returns what holds of all."""
@@ -148,17 +149,17 @@ class _Walk(uneven._Walk):
         if what.pasted and constants and id(eqn.outputs[0]) in self.known:
             out, same = id(eqn.outputs[0]), Lanes(CONSTANT)
             self.known[out] = [
-                _each(along, lambda own: lanes.combined(lanes.both, [own, same]))
+                each_lane(along, lambda own: lanes.combined(lanes.both, [own, same]))
                 for along in self.known[out]
             ]
 
-    def add_up(self, found: _Sum) -> None:
+    def add_up(self, found: Sum) -> None:
         """Notes a sum; what is summed must be 0 or the mean, and later is if it may be either."""
         if not lanes.is_open(found.lanes, Fact.ZERO | Fact.MEAN):
             self._check(found)
         self.sums.append(found)
 
-    def _check(self, found: _Sum) -> None:
+    def _check(self, found: Sum) -> None:
         text = "adds up over {}, which are neither 0 nor the mean of the others"
         self.need(found.lanes, Fact.ZERO | Fact.MEAN, found.eqn, found.inner, text)
 
@@ -173,125 +174,7 @@ class _Walk(uneven._Walk):
             ratios = found.setdefault((id(eqn), atom), even)
             small, big = inner.size[0], inner.size[-1]
             mean = Fact.MEAN in lanes.settled(of).sure
-            ratio = Fraction(big, small) if mean else Fraction(big // small)
+            copies = 1 if inner in self.strided.atoms else big // small
+            ratio = Fraction(big, small) if mean else Fraction(copies)
             ratios[cell] = plus(ratios[cell], affine.log_of(ratio))
         return found
-
-
-def _each(along: Sequence[Sequence[Any]], fun: Callable[[Any], Any]) -> Any:
-    return [[None if each is None else fun(each) for each in cell] for cell in along]
-
-
-class _Labels(uneven._Labels):
-    """Works out one equation that passes, reduces and makes dimensions."""
-
-    walk: _Walk
-
-    def work(self) -> None:
-        """Records the lanes of every output, and decides what must be."""
-        walk, what = self.walk, self.what
-        templates = [dim for dims in (*what.operands, *what.results) for dim in dims]
-        if not walk.touches(templates):
-            return
-        walk._lose(self.eqn, [dim for dim in templates if is_opaque(dim)])
-        pairs = zip(self.eqn.inputs, what.operands, strict=True)
-        operands = [self._by_atom(value, dims) for value, dims in pairs]
-        frame = list({id(a): a for dim in templates for a in dim}.values())
-        for i, (value, dims) in enumerate(zip(self.eqn.outputs, what.results, strict=True)):
-            found = {id(atom): self._lanes(atom, operands, i) for atom in frame}
-            if i == 0:
-                self._reduced(frame, found, dims)
-            walk.known[id(value)] = [uneven._product([found[id(a)] for a in d]) for d in dims]
-
-    def _lanes(self, atom: Atom, operands: Sequence[dict[int, Any]], output: int) -> Any:
-        same = self.walk.nothing((atom,))
-        each = [
-            _each(same, lambda _: Lanes(NOUGHT))
-            if rules.is_zero(value)
-            else operand.get(id(atom), same)
-            for value, operand in zip(self.eqn.inputs, operands, strict=True)
-        ]
-        return [
-            [
-                self._along_one([o[i][k] for o in each], atom, inner, output)
-                if inner in self.walk.uneven
-                else None
-                for k, inner in enumerate(cell)
-            ]
-            for i, cell in enumerate(monomials((atom,)))
-        ]
-
-    def _along_one(self, each: Sequence[Lanes], atom: Atom, inner: Atom, output: int) -> Lanes:
-        """The lanes of an output along one axis, from those of the operands."""
-        eqn, scale = self.eqn, self.what.scale
-        self._defined(each, inner)
-        if scale.kind is Kind.CARRIED:
-            return lanes.undecided(lanes.could(each[0]), each)
-        if eqn.name == "loop_close":
-            return self._closed(each, inner)
-        if scale.kind is Kind.EACH and eqn.name in rules.LINEAR:
-            return each[output]
-        if (x := self._centred(atom, inner)) is not None:
-            return lanes.combined(rules.of_centred(x), each)
-        if eqn.name in rules.ADDITIVE:
-            return self._sum(each, inner)
-        if rules.is_linear(eqn, scale):
-            views = [i for i, v in enumerate(eqn.inputs) if id(v) in self.walk.views]
-            return lanes.combined(rules.of_product(scale), each, first=(views or [0])[-1])
-        rule = rules.of_quotient if eqn.name == "div" else rules.of_function(eqn)
-        return lanes.combined(rule, each)
-
-    def _defined(self, each: Sequence[Lanes], inner: Atom) -> None:
-        """Where a function is not defined everywhere, it must be on the new lanes."""
-        domain = rules.domain(self.eqn)
-        if domain is None:
-            return
-        sign = sign_of(self.eqn.inputs[domain.operand], self.walk.signs)
-        if domain.sign is None or sign < domain.sign:
-            text = "may not be defined on {}"
-            self.walk.need(each[domain.operand], domain.facts, self.eqn, inner, text)
-
-    def _closed(self, each: Sequence[Lanes], inner: Atom) -> Lanes:
-        """What follows what a loop carries is of the same kind."""
-        carried, following = map(lanes.settled, each[:2])
-        if carried.group is not None:
-            lanes.tie(carried.group, following)
-            return lanes.settled(carried)
-        if wanted := carried.sure & (Fact.MEAN | Fact.ZERO):
-            text = "makes {} neither 0 nor the mean of the others, as they begin"
-            self.walk.need(following, wanted, self.eqn, inner, text)
-        return carried
-
-    def _centred(self, atom: Atom, inner: Atom) -> int | None:
-        """The operand whose mean over this axis, all there is of the dimension, is subtracted."""
-        operand, axis = self.walk.centred.get(id(self.eqn), (0, None))
-        if axis is None or atom not in (dim := self.what.results[0][axis]):
-            return None
-        return operand if monomials(dim) == [(inner,)] else None
-
-    def _sum(self, each: Sequence[Lanes], inner: Atom) -> Lanes:
-        """A sum, a choice, an update; what chooses or points must be the same on all lanes."""
-        out = self.eqn.outputs[0]
-        counts = [v.scales if out.scales else v.dtype == out.dtype for v in self.eqn.inputs]
-        terms = [one for one, counted in zip(each, counts, strict=True) if counted]
-        others = [one for one, counted in zip(each, counts, strict=True) if not counted]
-        if all(Fact.SAME in lanes.settled(other).sure for other in others):
-            return self.walk.added(terms, self.eqn, inner)
-        return lanes.combined(lambda facts: lanes.both(facts) & Fact.ZERO, terms)
-
-    def _reduced(self, frame: Sequence[Atom], found: dict[int, Any], result: Dims) -> None:
-        kept = {id(atom) for dim in result for atom in dim}
-        for atom in (atom for atom in frame if id(atom) not in kept):
-            cells = zip(found[id(atom)], monomials((atom,)), strict=True)
-            for i, (cell, atoms) in enumerate(cells):
-                for each, inner in zip(cell, atoms, strict=True):
-                    if each is not None:
-                        self._drop(_Sum(self.eqn, atom, i, inner, each))
-
-    def _drop(self, found: _Sum) -> None:
-        """Sums over an axis, or reduces over it in another way."""
-        if any(found.atom is atom for atom in self.what.summed):
-            self.walk.add_up(found)
-        else:
-            text = "reduces over {} too"
-            self.walk.need(found.lanes, Fact.SAME, self.eqn, found.inner, text)

@@ -77,6 +77,8 @@ class Program:
     outputs: tuple[Value, ...]
     count: int
     """How many programs are seen together: 1, or 2 for a small and a big model."""
+    tables: Mapping[int, Source] | None = None
+    """Where captured arrays are computed, by id, if axes may be strided (``trace.rotary``)."""
 
 
 def value_of(avals: Iterable[Any]) -> Value:

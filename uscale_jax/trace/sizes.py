@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from uscale_jax import _tree
 from uscale_jax.trace.atoms import Atom, leaves
+from uscale_jax.trace.rotary import CAPTURED
 from uscale_jax.trace.tracing import Traced
 
 
@@ -41,11 +42,19 @@ def check_sizes(traced: Traced) -> None:
         lines.append(f"    {describe_places(where.get(atom, []))}")
     lines += [f"  and {len(wrong) - 8} axes more"] if len(wrong) > 8 else []
     layers = any("a loop steps" in why for _, why in wrong)
+    tables = traced.structure.program.tables is None and any(_is_table(*each) for each in wrong)
     more = "; if these are layers, say so to `plan`: depth='interleave'" if layers else ""
+    more += "; for rotary embeddings, say rotary=True to `plan`" if tables else ""
     lines.append(
         f"Expected: fixed axes as they are, free ones larger. Fix: change those sizes{more}."
     )
     raise ValueError("\n".join(lines))
+
+
+def _is_table(atom: Atom, why: str) -> bool:
+    """Whether an axis that grows by a whole factor is held by numbers that differ along it."""
+    small, big = atom.size[0], atom.size[-1]
+    return big > small > 0 == big % small and ("`iota` counts it" in why or CAPTURED in why)
 
 
 def changing(traced: Traced) -> list[Atom]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from uscale_jax._jax import ClosedJaxpr
 from uscale_jax._types import Apply, Key, Tree
 from uscale_jax.trace.axes import Structure, analyse
 from uscale_jax.trace.inline import program
+from uscale_jax.trace.known import with_tables
+from uscale_jax.trace.program import Program
 
 
 class Model(NamedTuple):
@@ -33,8 +36,10 @@ class Traced(NamedTuple):
     """The tree of output shapes (of the first model)."""
 
 
-def trace(models: Sequence[Model], inputs: Sequence[Any]) -> Traced:
+def trace(models: Sequence[Model], inputs: Sequence[Any], *, rotary: bool = False) -> Traced:
     """Returns the program of one model, or of a small and a big one together.
+
+    With ``rotary``, axes may grow along which tables of numbers nest (``trace.rotary``).
 
     Raises:
       ValueError: the models' parameter trees, their programs or their outputs differ.
@@ -45,11 +50,16 @@ def trace(models: Sequence[Model], inputs: Sequence[Any]) -> Traced:
         *(_jax.closed_jaxpr(m.apply, *s) for m, s in zip(models, shapes, strict=True)), strict=True
     )
     _check_outputs(outputs)
-    return traced(closed, models[0].params, inputs, outputs[0])
+    return traced(closed, models[0].params, inputs, outputs[0], rotary=rotary)
 
 
 def traced(
-    closed: Sequence[ClosedJaxpr], params: Tree, inputs: Sequence[Any], outputs: Tree
+    closed: Sequence[ClosedJaxpr],
+    params: Tree,
+    inputs: Sequence[Any],
+    outputs: Tree,
+    *,
+    rotary: bool = False,
 ) -> Traced:
     """Returns the program of jaxprs whose first inputs are the leaves of ``params``.
 
@@ -58,8 +68,14 @@ def traced(
     """
     keys, leaves, treedef = _tree.flatten_named(params)
     names = [f"input {'/'.join(key)}" for key in _tree.flatten_named(tuple(inputs))[0]]
-    structure = analyse(program(closed), names, output_names(outputs))
+    both = _with_tables(closed) if rotary else program(closed)
+    structure = analyse(both, names, output_names(outputs))
     return Traced(structure, keys, leaves, treedef, outputs)
+
+
+def _with_tables(closed: Sequence[ClosedJaxpr]) -> Program:
+    programs, sources = with_tables(closed)
+    return replace(program(programs), tables=sources)
 
 
 def output_names(outputs: Tree) -> list[str]:

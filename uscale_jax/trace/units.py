@@ -13,8 +13,8 @@ from uscale_jax.trace.layout import Places
 Term: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 """Numbers that broadcast against a leaf."""
 
-NEW_ZERO, NEW_MEAN = -1, -2
-"""A place that copies no unit: it is 0, or the mean over all units."""
+NEW_ZERO, NEW_MEAN, NEW_COPY = -1, -2, -3
+"""A place that is no copy of a unit: it is 0, or the mean over all, or starts as one's copy."""
 
 
 class Units(NamedTuple):
@@ -25,7 +25,7 @@ class Units(NamedTuple):
     copies: Term
     """How many copies of it there are."""
     new: Places
-    """``NEW_ZERO`` or ``NEW_MEAN`` where units are new, else 0."""
+    """``NEW_ZERO``, ``NEW_MEAN`` or ``NEW_COPY`` where units are new, else 0."""
     rank: Places
     """Which of the copies it is, from 0."""
     mate: Places
@@ -34,11 +34,14 @@ class Units(NamedTuple):
     """Whether both of its pair are there."""
 
 
-def units(atom: Atom, fact: Fact | None = None) -> Units:
+def units(atom: Atom, fact: Fact | None = None, *, strided: bool = False) -> Units:
     """Returns the places of an axis; with a fact about new lanes, those come last.
 
     Without, every unit of n that become m is repeated m/n times, some once more than others.
+    Along a ``strided`` axis new lanes come behind each unit.
     """
+    if strided:
+        return _strided(atom, fact is not Fact.ZERO)
     small, big = atom.size[0], atom.size[-1]
     whole = big if fact is None else big // small * small
     unit = np.arange(whole) * small // max(whole, 1)
@@ -62,4 +65,18 @@ def _with_new(old: Units, count: int, mean: bool) -> Units:
         np.append(old.rank, one),
         np.append(old.mate, 0 * one),
         np.append(old.paired, one == 0),
+    )
+
+
+def _strided(atom: Atom, copied: bool) -> Units:
+    """One copy of every unit at every k-th place; behind it new places, as it is or 0."""
+    places, step = np.arange(atom.size[-1]), atom.size[-1] // atom.size[0]
+    new, unit = places % step > 0, places // step
+    return Units(
+        unit,
+        np.ones(len(places)),
+        np.where(new, NEW_COPY if copied else NEW_ZERO, 0),
+        new.astype(np.int64),
+        np.where(new, 0, places),
+        np.zeros(len(places), bool),
     )
