@@ -20,10 +20,10 @@ from uscale_jax.trace.depth import Deepened, deepen
 from uscale_jax.trace.growth import LeafGrowth, leaf_growths
 from uscale_jax.trace.layers import Depth
 from uscale_jax.trace.program import Value
+from uscale_jax.trace.roles import Role, roles
 from uscale_jax.trace.sizes import changing, places
 from uscale_jax.trace.tracing import Model, Traced, trace
 from uscale_jax.trace.tracing import traced as trace_closed
-from uscale_jax.trace.uneven import Role, roles
 from uscale_jax.trace.units import NEW_ZERO
 
 

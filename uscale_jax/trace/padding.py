@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from uscale_jax.trace import affine, lanes, sizes, uneven
+from uscale_jax.trace import affine, along, lanes, sizes
 from uscale_jax.trace import lane_rules as rules
 from uscale_jax.trace.affine import Expr, plus
 from uscale_jax.trace.atoms import Atom, Dim, monomials
@@ -69,7 +69,7 @@ def pads(traced: Traced, atoms: frozenset[Atom]) -> Padding:
     return Padding(atoms, facts, sums)
 
 
-class _Walk(uneven._Walk):
+class _Walk(along.Walk):
     """Carries lanes in the place of powers."""
 
     def __init__(self, traced: Traced, padded: frozenset[Atom]) -> None:
@@ -137,7 +137,7 @@ class _Walk(uneven._Walk):
         units = f"new units of {atom.size[0]} → {atom.size[-1]}"
         return Unpaddable(f"`{eqn.name}` {text.format(units)}", atom, eqn.source)
 
-    def _lose(self, eqn: Equation, *sides: Sequence[Dim]) -> None:
+    def lose(self, eqn: Equation, *sides: Sequence[Dim]) -> None:
         for dims in sides:
             for atom in (a for d in dims for cell in monomials(d) for a in cell):
                 if atom in self.uneven:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from uscale_jax.trace import along, lanes
 from uscale_jax.trace import lane_rules as rules
-from uscale_jax.trace import lanes, uneven
 from uscale_jax.trace.atoms import Atom, is_opaque, monomials
 from uscale_jax.trace.description import Dims, Kind
 from uscale_jax.trace.lanes import NOUGHT, Combine, Fact, Lanes
@@ -35,7 +35,7 @@ def each_lane(along: Sequence[Sequence[Any]], fun: Callable[[Any], Any]) -> Any:
     return [[None if each is None else fun(each) for each in cell] for cell in along]
 
 
-class Labels(uneven._Labels):
+class Labels(along.Labels):
     """Works out one equation that passes, reduces and makes dimensions."""
 
     walk: _Walk
@@ -46,7 +46,7 @@ class Labels(uneven._Labels):
         templates = [dim for dims in (*what.operands, *what.results) for dim in dims]
         if not walk.touches(templates):
             return
-        walk._lose(self.eqn, [dim for dim in templates if is_opaque(dim)])
+        walk.lose(self.eqn, [dim for dim in templates if is_opaque(dim)])
         pairs = zip(self.eqn.inputs, what.operands, strict=True)
         operands = [self._by_atom(value, dims) for value, dims in pairs]
         frame = list({id(a): a for dim in templates for a in dim}.values())
@@ -54,7 +54,7 @@ class Labels(uneven._Labels):
             found = {id(atom): self._lanes(atom, operands, i) for atom in frame}
             if i == 0:
                 self._reduced(frame, found, dims)
-            walk.known[id(value)] = [uneven._product([found[id(a)] for a in d]) for d in dims]
+            walk.known[id(value)] = [along.product([found[id(a)] for a in d]) for d in dims]
 
     def _lanes(self, atom: Atom, operands: Sequence[dict[int, Any]], output: int) -> Any:
         same = self.walk.nothing((atom,))
