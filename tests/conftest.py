@@ -38,3 +38,10 @@ def standard_promotion(strict_promotion: None) -> Iterator[None]:
     """For tests that run optax's own optimizers: Adam's ``b1**count`` is float**int in them."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of thousands of tests would fill the memory."""
+    yield
+    jax.clear_caches()
