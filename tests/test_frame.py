@@ -12,6 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
+import uscale_jax as us
+from tests import depth_models, resizing
 from uscale_jax._frame import UnitScaleFrameWarning, clip_by_global_norm, scale_optimizer
 from uscale_jax._grow import grow
 from uscale_jax._plan import LeafPlan, Plan
@@ -409,3 +411,11 @@ def test_optax_finds_its_way_around_the_state():
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, tx.init(values(*EVEN)))
     assert float(doubled[0].mu["up"][0, 0]) == 1.0
     assert int(doubled[0].count) == 0
+
+
+def test_layers_that_a_plan_adds_are_no_reason_to_warn():
+    small, big = depth_models.encoder(2), depth_models.encoder(4)
+    models = (small.apply, small.params, big.apply, big.params)
+    plan = us.plan(*models, *small.inputs, depth="stack")
+    params = us.grow(resizing.random_params(small.params, dtype=np.float32), plan, verify=False)
+    scale_optimizer(optax.adam(0.01), plan).init(params)  # warnings are errors

@@ -35,7 +35,7 @@ def grow(
 
     =================  =====================================================================
     ``"noise"``        what reads the copies gets normal noise that sums to 0 over the copies
-                       of every unit; ``amount`` is its RMS relative to the leaf's (0.1)
+                       of every unit; ``amount`` is its RMS relative to the leaf's (1)
     ``"uneven"``       what reads the copies is split unevenly: a share ``amount`` (1/3) for the
                        first copy, the rest in equal parts for the others
     ``"zero_fan_out"`` new units are fresh (normal, ``amount`` times the leaf's RMS) and what

@@ -249,6 +249,7 @@ def kept_otherwise(small: Any, big: Any, plan: Plan) -> list[str]:
     states = [dict(zip(*_tree.flatten_named(state)[:2], strict=True)) for state in (small, big)]
     of_small, of_big = (places(state, plan) for state in states)
     both = {key: (of_small[key].small, of_big[key].big) for key in of_small if key in of_big}
+    both = {key: (old, new) for key, (old, new) in both.items() if new is None or not new.leaf.new}
     return [_tree.name(key) for key, (old, new) in both.items() if _differ(key, old, new)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from uscale_jax._plan import Indices, LeafPlan
 
-AMOUNTS = {"noise": 0.1, "uneven": 1 / 3, "zero_fan_out": 1.0, "paired": 1.0}
+AMOUNTS = {"noise": 1.0, "uneven": 1 / 3, "zero_fan_out": 1.0, "paired": 1.0}
 """The ways, and how much of it where nothing is said."""
 
 

@@ -32,7 +32,7 @@ class Verification(NamedTuple):
     tolerance: float
     """What was allowed."""
     sensitivity: float
-    """How far the small model's outputs move when its parameters are rounded differently."""
+    """How far outputs move when parameters are rounded differently."""
     dtype: str
     """What was computed in: "float64", or the narrowest dtype of the models."""
 
@@ -40,7 +40,7 @@ class Verification(NamedTuple):
         """Return the error, and what it was measured against."""
         return (
             f"error {self.error:.1e} in {self.dtype} (tolerance {self.tolerance:.1e}, "
-            f"the model's own sensitivity {self.sensitivity:.1e})"
+            f"the models' own sensitivity {self.sensitivity:.1e})"
         )
 
 
@@ -60,8 +60,8 @@ def verify(
                                           {\lVert f(W, x)\rVert_\infty}
 
     Rounding differs between the two, and models amplify it.  So the tolerance is 16 times what
-    the small model's outputs move when each of its parameters moves by one rounding, up or down
-    at random, and a floor of 1e-12 where both are run in float64, else of 16 roundings.
+    outputs move when every parameter moves by one rounding, up or down at random (of the two
+    models the larger), and a floor of 1e-12 where both are run in float64, else of 16 roundings.
 
     Args:
       plan: the plan that ``big_params`` were grown by.
@@ -189,15 +189,22 @@ def _measured(
     double: bool,
     epsilon: float,
 ) -> tuple[Any, Any, float]:
-    """Both models' outputs, and how far those of the small one move."""
+    """Both models' outputs, and how far they move by rounding."""
     with jax.enable_x64(True) if double else contextlib.nullcontext():
         trees = [small[1], big[1], tuple(inputs)]
         a, b, given = jax.tree.map(_widened, trees) if double else trees
-        before = _run(small[0], a, given)
-        after = _run(small[0], _rounded(a, epsilon), given)
-        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-        moved = [_distance(x, y) for x, y in pairs]
-        return before, _run(big[0], b, given), max(filter(math.isfinite, moved), default=0.0)
+        before, after = _run(small[0], a, given), _run(big[0], b, given)
+        rounded = [
+            (before, _run(small[0], _rounded(a, epsilon), given)),
+            (after, _run(big[0], _rounded(b, epsilon), given)),
+        ]
+        pairs = [
+            (x, y)
+            for one, other in rounded
+            for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        ]
+        moved = filter(math.isfinite, (_distance(x, y) for x, y in pairs))
+        return before, after, max(moved, default=0.0)
 
 
 def _widened(leaf: Any) -> Any:
