@@ -132,6 +132,21 @@ def test_a_plan_from_json_grows_the_same():
     jax.tree.map(np.testing.assert_array_equal, us.grow(SMALL, read), us.grow(SMALL, plan))
 
 
+def test_keys_and_integers_go_along():
+    def noisy(params, x):
+        kept = jax.random.bernoulli(params["key"], 0.5, (len(x), 1))
+        return apply(params, jnp.where(kept, x, 0.5 * x)) * params["n"].astype(jnp.float32)
+
+    more = {"key": jax.random.key(1), "n": jnp.int32(3)}
+    plan = us.plan(noisy, SMALL | more, noisy, shapes(14) | more, INPUT)
+    big = us.grow(SMALL | more, plan)
+    assert big["key"] == more["key"]
+    assert big["n"] == 3
+    assert us.shrink(big, plan)["key"] == more["key"]
+    assert "no floating leaves: key, n" in str(plan)
+    assert us.Plan.from_json(plan.to_json()) == plan
+
+
 # Copies told apart.
 
 

@@ -92,6 +92,8 @@ class LeafPlan:
     @property
     def floating(self) -> bool:
         """Return whether factors apply to it."""
+        if self.dtype.startswith("key<"):  # of random keys, which is no NumPy dtype
+            return False
         return bool(jax.numpy.issubdtype(jax.numpy.dtype(self.dtype), jax.numpy.inexact))
 
 
