@@ -202,7 +202,8 @@ def _program(
     if sharding is None:
         return jax.jit(run)
     if _jax.is_explicit(sharding.mesh):
-        run = partial(jax.sharding.auto_axes(run, out_sharding=sharding))
+        placed = jax.sharding.auto_axes(run, out_sharding=sharding)
+        return jax.jit(placed, out_shardings=sharding)
     return jax.jit(run, out_shardings=sharding)
 
 
