@@ -13,8 +13,6 @@ from uscale_jax.trace.lane_rules import domain
 from uscale_jax.trace.lanes import CONSTANT, Fact, Lanes, Undecidable
 from uscale_jax.trace.signs import Sign, signs
 
-X = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
-TOKENS = np.random.default_rng(0).integers(0, 9, (3, 7)).astype(np.int32)
 ZERO, MEAN, ANY = Fact.ZERO, Fact.MEAN, Fact.ANY
 
 
