@@ -213,6 +213,19 @@ def with_equations(
     return ClosedJaxpr(jaxpr, [*consts.values()])
 
 
+def bound(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Returns the results of one equation on other operands, calls and loops in it as they are.
+
+    As JAX evaluates jaxprs itself (``get_bind_params`` gives functions and parameters in JAX 0.9,
+    parameters alone in 0.10 to 0.12; ``ctx`` is what was set around the equation).
+    """
+    given = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = given if isinstance(given, tuple) else ((), given)
+    with eqn.ctx.manager:
+        found = eqn.primitive.bind(*functions, *args, **params)
+    return list(found) if eqn.primitive.multiple_results else [found]
+
+
 def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
     """Returns the outputs of a program, as a list."""
     return list(jaxpr_as_fun(closed)(*args))

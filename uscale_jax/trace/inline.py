@@ -60,6 +60,7 @@ class _Builder:
         self.captured: list[Value] = []
         self.constants: dict[tuple[int, ...], Value] = {}
         self.enters: dict[int, Equation] = {}
+        self.visits = 0
 
     def closed(
         self,
@@ -113,6 +114,7 @@ class _Builder:
                 raise structure_error(eqns, names, infos, rewired)
             operands = [value for value in found if value is not None]
             name = _jax.primitive_name(present[0])
+            self.visits += 1
             outputs = self._equation(name, present, operands, infos[0])
             for env, eqn in zip(envs, present, strict=True):
                 env.update(zip(eqn.outvars, outputs, strict=True))
@@ -169,11 +171,13 @@ class _Builder:
             rewritten = REWRITES[name](self.emit, params, args, avals, source)
             if rewritten is not None:
                 return rewritten
-        eqn = Equation(name, tuple(params), tuple(args), tuple(value_of(a) for a in avals), source)
+        outputs = tuple(value_of(a) for a in avals)
+        visit = self.visits - 1
+        eqn = Equation(name, tuple(params), tuple(args), outputs, source, visit=visit)
         case = folding.chosen_case(eqn)
         if case is not None and eqn.inputs[case].shape == eqn.outputs[0].shape:
             return [eqn.inputs[case]]
-        for output, uniform in zip(eqn.outputs, folding.fold(eqn), strict=True):
+        for output, uniform in zip(outputs, folding.fold(eqn), strict=True):
             output.uniform = uniform
         if any(output.uniform is None for output in eqn.outputs):
             self.equations.append(eqn)

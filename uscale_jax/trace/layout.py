@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uscale_jax.trace.atoms import Dim, alternatives, resolve
+from uscale_jax.trace.atoms import Atom, Dim, alternatives, find, monomials, resolve
 from uscale_jax.trace.description import Dims
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
@@ -31,6 +31,18 @@ def _one_after_the_other(parts: Sequence[Dim], program: int) -> Places:
         found.append(count + cell_of_place(part, program))
         count += alternatives(part)
     return np.concatenate(found)
+
+
+def units_of_places(dim: Dim, atom: Atom, program: int) -> Places:
+    """Returns the unit of an axis that every place along a dimension belongs to, -1 for none."""
+    cells = cell_of_place(dim, program)
+    units = np.full(len(cells), -1, np.int64)
+    for cell, atoms in enumerate(monomials(dim)):
+        if find(atom) in atoms:
+            sizes = [each.size[program] for each in atoms]
+            grid = np.indices(sizes)[atoms.index(find(atom))]
+            units[cells == cell] = grid.reshape(-1)
+    return units
 
 
 def spread(cells: np.ndarray[Any, Any], dims: Dims, program: int) -> Any:

@@ -53,6 +53,9 @@ class Equation:
     source: Source | None
     needs: list[Equation] = field(default_factory=list)
     """Equations that must be kept if this one is: the closing of a loop it enters."""
+    visit: int = -1
+    """Which equation of the jaxpr it stands for, counted as calls, loops and branches are entered
+    (:mod:`uscale_jax.trace.tapped` counts the same way when it runs the jaxpr)."""
 
     def sizes(self, key: str) -> tuple[Size, ...]:
         """Return a parameter that is a sequence of numbers, as a size per entry."""

@@ -34,6 +34,8 @@ class Traced(NamedTuple):
     treedef: Any
     outputs: Any
     """The tree of output shapes (of the first model)."""
+    closed: Sequence[ClosedJaxpr] = ()
+    """The jaxprs it was read off."""
 
 
 def trace(models: Sequence[Model], inputs: Sequence[Any], *, rotary: bool = False) -> Traced:
@@ -70,7 +72,7 @@ def traced(
     names = [f"input {'/'.join(key)}" for key in _tree.flatten_named(tuple(inputs))[0]]
     both = _with_tables(closed) if rotary else program(closed)
     structure = analyse(both, names, output_names(outputs))
-    return Traced(structure, keys, leaves, treedef, outputs)
+    return Traced(structure, keys, leaves, treedef, outputs, closed)
 
 
 def _with_tables(closed: Sequence[ClosedJaxpr]) -> Program:
