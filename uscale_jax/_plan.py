@@ -62,6 +62,9 @@ class LeafPlan:
     """Whether it belongs to a new layer."""
     words: str = "1"
     """m in words."""
+    rates: tuple[Term, ...] | None = None
+    """Arrays whose product the learning rate takes, where that is not m: of units that are chosen
+    and not copied (:func:`select`)."""
 
     @property
     def name(self) -> str:
@@ -77,6 +80,17 @@ class LeafPlan:
     def replicas(self) -> Any:
         """Return n: a float, or an array that broadcasts against the big leaf."""
         return _product(self.copies)
+
+    @property
+    def lr_factor(self) -> Any:
+        """Return what the learning rate of Adam and its kin takes: m, unless units are chosen."""
+        return self.factor if self.rates is None else _product(self.rates)
+
+    @property
+    def sgd_lr_factor(self) -> Any:
+        """Return what the learning rate of SGD takes: m²·n, or m times that of Adam."""
+        n = self.replicas if self.rates is None else 1.0
+        return self.factor * self.lr_factor * n
 
     def maps_of(self, new_layers: bool) -> tuple[Indices | None, ...]:
         """Return the maps with new layers of a stacked leaf as copies, or as copies of nothing."""
@@ -120,11 +134,14 @@ class PlanAxis:
 
 
 class Models(NamedTuple):
-    """The two models a plan was made for, to verify with."""
+    """The two models a plan was made for, to verify with, and how it was made."""
 
     small: Apply
     big: Apply
     inputs: tuple[Any, ...]
+    depth: Any = None
+    new_layers: str = "identity"
+    rotary: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +164,8 @@ class Plan:
     """The same of the small model's."""
     small_keys: tuple[Key, ...] = ()
     """Where the small model's leaves stand, in the order of its tree."""
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By axis, the units of the big model that stay, where they are chosen (:func:`select`)."""
     models: Models | None = field(default=None, repr=False)
     """The models it was made for; None in a plan that was read from JSON."""
 
@@ -162,13 +181,16 @@ class Plan:
 
     @property
     def lr_factors(self) -> Tree:
-        """Return what the learning rate of Adam and its kin takes per leaf: m."""
-        return self.factors
+        """Return what the learning rate of Adam and its kin takes per leaf: m.
+
+        That is from the small model to the big one; the other way it is divided by it.
+        """
+        return self.tree(lambda leaf: leaf.lr_factor)
 
     @property
     def sgd_lr_factors(self) -> Tree:
         """Return what the learning rate of SGD takes per leaf: m²·n."""
-        return self.tree(lambda leaf: leaf.factor**2 * leaf.replicas)
+        return self.tree(lambda leaf: leaf.sgd_lr_factor)
 
     def tree(self, of: Callable[[LeafPlan], Any]) -> Tree:
         """Return ``of(leaf)`` as a tree like the big model's parameters."""
@@ -245,7 +267,7 @@ def _leaf_table(plan: Plan) -> str:
             "0" if leaf.zero else leaf.words,
             number_words(leaf.replicas),
             *(
-                (number_words(leaf.factor), number_words(leaf.factor**2 * leaf.replicas))
+                (number_words(leaf.lr_factor), number_words(leaf.sgd_lr_factor))
                 if leaf.floating
                 else ("", "")
             ),

@@ -72,6 +72,7 @@ def _leaf_to_dict(leaf: LeafPlan, arrays: _Arrays) -> dict[str, Any]:
         "zero": leaf.zero,
         "new": leaf.new,
         "words": leaf.words,
+        "rates": None if leaf.rates is None else [arrays.put(each) for each in leaf.rates],
     }
 
 
@@ -144,4 +145,5 @@ def _leaf(data: Mapping[str, Any], raw: list[Any]) -> LeafPlan:
         zero=bool(data["zero"]),
         new=bool(data["new"]),
         words=str(data["words"]),
+        rates=None if data.get("rates") is None else arrays(data["rates"], np.float64),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from uscale_jax import _tree
 from uscale_jax._axes import named_axes
 from uscale_jax._plan import LeafPlan, Models, Plan, PlanAxis
 from uscale_jax._types import Apply, Key, Tree
-from uscale_jax.trace import keep, padded
+from uscale_jax.trace import keep, padded, ratios
+from uscale_jax.trace.atoms import Atom
 from uscale_jax.trace.deepening import Steps, Zeros
 from uscale_jax.trace.depth import Deepened, deepen
 from uscale_jax.trace.growth import LeafGrowth, leaf_growths
@@ -36,6 +37,7 @@ def plan(
     depth: Depth | None = None,
     new_layers: str = "identity",
     rotary: bool = False,
+    exact: bool = True,
 ) -> Plan:
     r"""Returns how a larger model is made from a smaller one so that it is the same function.
 
@@ -87,6 +89,10 @@ def plan(
         big model turns at the rate of pair i of the small one; the pairs between are new, and 0
         for queries or keys.  Holds of any numbers computed from places alone of which those of
         the small model are every k-th of the big one's; others are refused.
+      exact: whether to refuse what is not the same function.  With False, for shrinking, a plan
+        is made wherever sizes can change: units are repeated as equally as they can be, factors
+        go by the ratio of sizes, new layers are copies where they cannot be identities; the plan
+        says so in ``exact`` and ``notes``.
 
     Returns:
       :class:`Plan`: index maps, factors m, numbers of copies n and learning-rate factors per
@@ -124,25 +130,77 @@ def plan(
       with ε as it is.
     """
     small, big = Model(small_apply, small_params), Model(big_apply, big_params)
-    deepened = None if depth is None else deepen(small, big, inputs, depth, new_layers)
-    traced = (
-        trace([small, big], inputs, rotary=rotary)
-        if deepened is None
-        else _cut(deepened, small, inputs, rotary)
-    )
-    found = _leaves(traced)
-    leaves = found if deepened is None else _layers(deepened, found, big)
+    models = Models(small_apply, big_apply, inputs, depth, new_layers, rotary)
+    deepened = None if depth is None else _deepened(small, big, models, exact)
+    traced = _traced(small, big, models, deepened)
+    solution, inexact = _solved(traced, exact)
+    leaves = leaf_plans(Remade(traced, deepened, big), leaf_growths(solution), solution.traced)
     return Plan(
         leaves={leaf.name: leaf for leaf in leaves},
         axes=_axes(traced),
-        notes=_notes(leaves, deepened),
-        exact=deepened is None or deepened.exact,
+        notes=(*_notes(leaves, deepened), *inexact),
+        exact=not inexact and (deepened is None or deepened.exact),
         precision=_precision(traced),
         treedef=jax.tree.structure(big_params),
         small_treedef=traced.treedef,
         small_keys=tuple(traced.keys),
-        models=Models(small_apply, big_apply, inputs),
+        models=models,
     )
+
+
+class Remade(NamedTuple):
+    """The programs of a plan, read once more."""
+
+    traced: Traced
+    deepened: Deepened | None
+    big: Model
+
+    @property
+    def atoms(self) -> dict[str, Atom]:
+        """Return the axes that change, by their names in the plan."""
+        named = named_axes(places(self.traced))
+        return {axis.name: atom for atom, axis in named.items() if len(set(atom.size)) > 1}
+
+
+def remade(plan: Plan, models: Models, inputs: Sequence[Any] | None = None) -> Remade:
+    """Returns the programs of a plan, for other inputs where given."""
+    small, big = shapes_of(plan, models)
+    models = models if inputs is None else models._replace(inputs=tuple(inputs))
+    deepened = None if models.depth is None else _deepened(small, big, models, exact=False)
+    return Remade(_traced(small, big, models, deepened), deepened, big)
+
+
+def shapes_of(plan: Plan, models: Models) -> tuple[Model, Model]:
+    """Returns the small and the big model of a plan, with shapes for parameters."""
+    shape = lambda size, leaf: jax.ShapeDtypeStruct(size, _dtype(leaf.dtype))  # noqa: E731
+    small_shapes = {leaf.source: shape(leaf.small, leaf) for leaf in plan.leaves.values()}
+    big_shapes = [shape(leaf.big, leaf) for leaf in plan.leaves.values()]
+    small = Model(models.small, plan.unflatten_small(small_shapes))
+    return small, Model(models.big, plan.unflatten(big_shapes))
+
+
+def _dtype(name: str) -> Any:
+    """The dtype of a name, that of random keys too."""
+    if not name.startswith("key<"):
+        return jnp.dtype(name)
+    return jax.eval_shape(lambda: jax.random.key(0, impl=name[4:-1])).dtype
+
+
+def _traced(small: Model, big: Model, models: Models, deepened: Deepened | None) -> Traced:
+    if deepened is None:
+        return trace([small, big], models.inputs, rotary=models.rotary)
+    return _cut(deepened, small, models.inputs, models.rotary)
+
+
+def _deepened(small: Model, big: Model, models: Models, exact: bool) -> Deepened:
+    """With new layers as asked for; copies of others where they need not be identities."""
+    assert models.depth is not None
+    try:
+        return deepen(small, big, models.inputs, models.depth, models.new_layers)
+    except ValueError:
+        if exact or models.new_layers != "identity":
+            raise
+        return deepen(small, big, models.inputs, models.depth, "copy")
 
 
 def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any], rotary: bool) -> Traced:
@@ -150,17 +208,29 @@ def _cut(deepened: Deepened, small: Model, inputs: Sequence[Any], rotary: bool) 
     return trace_closed(programs, small.params, inputs, deepened.outputs, rotary=rotary)
 
 
-def _leaves(traced: Traced) -> list[LeafPlan]:
-    """The leaves of the small model, grown in width."""
-    solution = _solved(traced)
-    known = roles(solution.traced, frozenset(changing(solution.traced)))
-    return [
-        _leaf(traced, i, growth, role)
-        for i, (growth, role) in enumerate(zip(leaf_growths(solution), known, strict=True))
-    ]
+def leaf_plans(
+    made: Remade, growths: Sequence[LeafGrowth], solved: Traced | None = None
+) -> list[LeafPlan]:
+    """Returns the leaves of the big model; new lanes are solved for in a trace of their own."""
+    traced = made.traced if solved is None else solved
+    known = roles(traced, frozenset(changing(traced)))
+    pairs = enumerate(zip(growths, known, strict=True))
+    leaves = [_leaf(made.traced, i, growth, role) for i, (growth, role) in pairs]
+    return leaves if made.deepened is None else _layers(made.deepened, leaves, made.big)
 
 
-def _solved(traced: Traced) -> keep.Solution:
+def _solved(traced: Traced, exact: bool) -> tuple[keep.Solution, tuple[str, ...]]:
+    """Factors, and what is not exact about them."""
+    if exact:
+        return _exactly(traced), ()
+    try:
+        return _exactly(traced), ()
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        return ratios.by_size(traced), (f"not the same function, factors by size alone: {why}",)
+
+
+def _exactly(traced: Traced) -> keep.Solution:
     """With copies of units alone; where these must be equally many and cannot, with new units."""
     if traced.structure.strided.atoms:
         return padded.solve(traced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from uscale_jax import _factors, _jax, _tree
+from uscale_jax._calibration import Calibration, big_leaves
+from uscale_jax._importance import Importance
 from uscale_jax._plan import Indices, LeafPlan, Plan
+from uscale_jax._reconstruct import refitted
+from uscale_jax._select import select
 from uscale_jax._types import Key, Tree
+from uscale_jax._verify import verify
 
 
-def shrink(params: Tree, plan: Plan) -> Tree:
-    r"""Returns the parameters of a plan's small model from those of its big one: grow undone.
+class UnitScaleShrinkWarning(UserWarning):
+    """A model was shrunk in a way that leaves a start for training, not a model to use."""
+
+
+def shrink(
+    params: Tree, plan: Plan, *, importance: Importance | Mapping[str, Any] | None = None
+) -> Tree:
+    r"""Returns the parameters of a plan's small model from those of its big one.
+
+    **Without** ``importance`` it undoes :func:`grow`:
 
     .. math:: W_j = \frac{1}{n_j} \sum_{i\,:\,\mathrm{maps}(i) = j} \frac{c + W'_i}{m_i} - c
 
@@ -25,16 +39,29 @@ def shrink(params: Tree, plan: Plan) -> Tree:
     copies are powers of two.  Where copies have become different units it is the model of their
     means, a starting point.  New layers are dropped.
 
+    **With** ``importance`` the most important units and layers stay, as :func:`select` says, and
+    nothing else is kept of the others; unless it was measured by ``"reconstruction"`` (or with
+    ``refit=True``): then what reads the units that stay is solved for anew,
+
+    .. math:: \min_W \lVert X_S W - X W' \rVert^2 + \lambda \lVert W - W_0 \rVert^2
+
+    with X what it reads in the big model, S the units that stay, and W₀ what selecting gives.
+    :func:`verify` measures what has changed.  Without data (``"magnitude"``, numbers of your own
+    that know of none) the result is a start for training and no usable model, which a warning
+    says with the measured change of the outputs.
+
     Args:
-      params: the big model's parameters; arrays, traced ones too.
-      plan: the plan they were grown by.
+      params: the big model's parameters; arrays, traced ones too (without refitting).
+      plan: the plan they were grown by, or one between a smaller model and this one.
+      importance: what :func:`importance` returned, or numbers per unit by axis.
 
     Returns:
       The small model's parameters: a tree of the type of ``params``, or of the small model's where
       layers are dropped.  Leaves keep dtype and weak type.
 
     Raises:
-      ValueError: the parameters are not those of the plan's big model.
+      ValueError: the parameters are not those of the plan's big model; the importance is of
+        another plan, or lacks an axis.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,8 +77,49 @@ def shrink(params: Tree, plan: Plan) -> Tree:
       [True, True]
 
     References:
-      The inverse of Chen et al., *Net2Net*, 2016 (arXiv:1511.05641), Eq. 3 and 4.
+      The inverse of Chen et al., *Net2Net*, 2016 (arXiv:1511.05641), Eq. 3 and 4.  Least squares on
+      what is kept: He et al., *Channel pruning*, 2017 (arXiv:1707.06168), Eq. 1.
     """
+    if importance is None:
+        return _mapped(params, plan)
+    chosen = select(plan, importance)
+    small = _mapped(params, chosen)
+    if isinstance(importance, Importance) and importance.calibration is not None:
+        small = _refitted(small, params, chosen, importance.calibration)
+    if isinstance(importance, Importance) and importance.data_free:
+        _warn(small, params, chosen, importance.method)
+    return small
+
+
+def _refitted(small: Tree, params: Tree, plan: Plan, calibration: Calibration) -> Tree:
+    keys, leaves, treedef = _tree.flatten_named(small)
+    order = [keys.index(key) for key in calibration.remade.traced.keys]
+    big = big_leaves(calibration.remade, params)
+    units = {name: plan.kept[name] for name in calibration.remade.atoms if name in plan.kept}
+    for i, found in refitted(calibration, big, [leaves[at] for at in order], units).items():
+        leaf = leaves[order[i]]
+        leaves[order[i]] = _jax.with_weak_type(jnp.asarray(found).astype(leaf.dtype), leaf)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _warn(small: Tree, params: Tree, plan: Plan, method: str) -> None:
+    """Says what a choice without data is worth, measured where that can be done."""
+    models = plan.models
+    traced = any(map(_jax.is_traced, jax.tree.leaves((small, params))))
+    change = ""
+    if models is not None and not traced:
+        found = verify(plan, models.small, small, models.big, params, *models.inputs)
+        change = f" On the plan's inputs outputs change by {found.error:.0%} of their size."
+    warnings.warn(
+        f"units were chosen by {method!r}, without data: what is left is a start for training, not "
+        f"a usable model.{change} Fix: us.importance(..., method='reconstruction') with real "
+        "batches, then train.",
+        UnitScaleShrinkWarning,
+        stacklevel=3,
+    )
+
+
+def _mapped(params: Tree, plan: Plan) -> Tree:
     keys, leaves, treedef = _tree.flatten_named(params)
     given = fitting(plan, keys, leaves)
     kept = {leaf.source: leaf for leaf in reversed(list(plan.leaves.values())) if not leaf.new}

@@ -71,7 +71,8 @@ def verify(
       big_params: its parameters.
       *inputs: inputs that both take.  For ``jax.ShapeDtypeStruct``, normal numbers (0 and 1 for
         integers) are drawn.
-      tolerance: what e may be at most; None for the above.
+      tolerance: what e may be at most; None for the above, and for no limit where the plan is
+        not exact (:func:`select`, copied layers): e is then what has changed.
       double: whether to compute in float64; None to do so on a CPU for models of up to 20 million
         parameters, if they can be run so.
 
@@ -119,7 +120,8 @@ def verify(
         found = _measured(*pair, given, double=double, epsilon=_epsilon(plan, small_params))
     small, big, moved = found
     floor = _DOUBLE_FLOOR if double else _FLOOR * float(jnp.finfo(plan.precision).eps)
-    allowed = floor + _AMPLIFIED * moved if tolerance is None else tolerance
+    usual = floor + _AMPLIFIED * moved if plan.exact else math.inf
+    allowed = usual if tolerance is None else tolerance
     return _judged(small, big, allowed, moved, "float64" if double else plan.precision)
 
 

@@ -156,7 +156,7 @@ class Deepening:
 
     def _stacked_family(self, stack: Stack) -> Family:
         dims = {self.names[v]: dim for v, dim in stack.dims.items() if v in self.names}
-        name = _tree.name(_common(*dims)) if _common(*dims) else "the stacked leaves"
+        name = _tree.name(common(*dims)) if common(*dims) else "the stacked leaves"
         family = layers.sources(self.depth, name, stack.small, stack.big)
         self.families.append(family)
         self.steps |= {key: Steps(dim, family.sources) for key, dim in dims.items()}
@@ -176,7 +176,7 @@ def _is_relu(eqn: JaxprEqn | None) -> bool:
     )
 
 
-def _common(first: Key, *others: Key) -> Key:
+def common(first: Key, *others: Key) -> Key:
     """Returns what keys begin with alike."""
     lengths = (n for n in range(len(first), 0, -1) if all(k[:n] == first[:n] for k in others))
     return first[: next(lengths, 0)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
@@ -56,18 +56,23 @@ class _Line(NamedTuple):
 _Facts: TypeAlias = "Sequence[Sequence[Fact | None]]"
 
 
-def leaf_growths(solution: Solution) -> list[LeafGrowth]:
+Chosen: TypeAlias = "Mapping[Atom, Units]"
+"""What the places of some axes are, if not copies of units one after the other."""
+
+
+def leaf_growths(solution: Solution, chosen: Chosen | None = None) -> list[LeafGrowth]:
     """Returns the growth of every leaf."""
     values = solution.traced.structure.program.inputs
-    return [_leaf_growth(solution, i, values[i]) for i in range(len(solution.cells))]
+    return [_leaf_growth(solution, i, values[i], chosen or {}) for i in range(len(solution.cells))]
 
 
-def _leaf_growth(solution: Solution, i: int, value: Value) -> LeafGrowth:
+def _leaf_growth(solution: Solution, i: int, value: Value, chosen: Chosen) -> LeafGrowth:
     dims, powers, cells = solution.traced.structure.of(value), solution.copies[i], solution.cells[i]
     nothing: Any = [[[None] * len(cell) for cell in dim] for dim in powers]
     facts = nothing if solution.lanes is None else solution.lanes[i]
     strided = solution.traced.structure.strided.atoms
-    lines = [_line(d, p, f, strided) for d, p, f in zip(dims, powers, facts, strict=True)]
+    rows = zip(dims, powers, facts, strict=True)
+    lines = [_line(d, p, f, strided, chosen) for d, p, f in rows]
     pairs = zip(lines, (dim_size(dim, 2) for dim in dims), strict=True)
     factors = _cell_factors(cells, dims) + _terms([line.weight for line in lines])
     return LeafGrowth(
@@ -86,7 +91,11 @@ def _is_all(old: Places, size: Sequence[int]) -> bool:
 
 
 def _line(
-    dim: Dim, powers: Sequence[Sequence[Fraction]], facts: _Facts, strided: frozenset[Atom]
+    dim: Dim,
+    powers: Sequence[Sequence[Fraction]],
+    facts: _Facts,
+    strided: frozenset[Atom],
+    chosen: Chosen,
 ) -> _Line:
     """Places of one cell, in order, are the row-major product of the cell's atoms."""
     cells = [cell_of_place(dim, program) for program in (0, -1)]
@@ -96,7 +105,10 @@ def _line(
     for cell, atoms in enumerate(monomials(dim)):
         small, big = (np.flatnonzero(each == cell) for each in cells)
         pairs = zip(atoms, facts[cell], strict=True)
-        along = [units(atom, fact, strided=atom in strided) for atom, fact in pairs]
+        along = [
+            chosen[atom] if atom in chosen else units(atom, fact, strided=atom in strided)
+            for atom, fact in pairs
+        ]
         local, copies, weight = np.zeros(1, np.int64), np.ones(1), np.ones(1)
         for atom, each, power in zip(atoms, along, powers[cell], strict=True):
             local = (local[:, None] * atom.size[0] + each.unit).reshape(-1)

@@ -80,3 +80,21 @@ def _strided(atom: Atom, copied: bool) -> Units:
         np.where(new, 0, places),
         np.zeros(len(places), bool),
     )
+
+
+def of_classes(unit: Places, count: int) -> Units:
+    """Returns places of which each is the unit ``unit[i]`` of ``count``, or -1: it goes."""
+    gone = unit < 0
+    counts = np.bincount(unit[~gone], minlength=count)
+    first = np.full(count, -1, np.int64)
+    there = np.flatnonzero(~gone)[::-1]
+    first[unit[there]] = there
+    at = np.where(gone, 0, unit)
+    return Units(
+        unit=at,
+        copies=np.where(gone, 1, counts[at]).astype(float),
+        new=np.where(gone, NEW_ZERO, 0),
+        rank=(np.arange(len(unit)) != first[at]).astype(np.int64),
+        mate=first[at],
+        paired=np.zeros(len(unit), bool),
+    )
