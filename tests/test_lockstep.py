@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from uscale_jax._frame import clip_by_global_norm, scale_optimizer
+from uscale_jax import clip_by_global_norm, scale_optimizer
 from uscale_jax._grow import grow
 from uscale_jax._plan import Plan
 from uscale_jax._planning import plan as make_plan

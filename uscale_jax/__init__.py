@@ -17,6 +17,7 @@ from uscale_jax._budget import Budget as Budget
 from uscale_jax._budget import BudgetAxis as BudgetAxis
 from uscale_jax._budget import budget as budget
 from uscale_jax._chain_order import UnitScaleOrderWarning as UnitScaleOrderWarning
+from uscale_jax._clip import clip_by_global_norm as clip_by_global_norm
 from uscale_jax._compensate import compensate as compensate
 from uscale_jax._distill import distillation_loss as distillation_loss
 from uscale_jax._effective import EffectiveScale as EffectiveScale
@@ -29,7 +30,6 @@ from uscale_jax._exponents import Symmetry as Symmetry
 from uscale_jax._exponents import TracedExponents as TracedExponents
 from uscale_jax._exponents import trace_exponents as trace_exponents
 from uscale_jax._frame import UnitScaleFrameWarning as UnitScaleFrameWarning
-from uscale_jax._frame import clip_by_global_norm as clip_by_global_norm
 from uscale_jax._frame import scale_optimizer as scale_optimizer
 from uscale_jax._grow import grow as grow
 from uscale_jax._homogeneous import homogeneous_exponents as homogeneous_exponents

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from uscale_jax import _chain_order, _factors, _tree
-from uscale_jax._optimizer_probe import COPIES, Report, Response, Trial
-from uscale_jax._places import fitting, is_absent, kept_otherwise, prefixes
+from uscale_jax._inverse import inverse, is_of_small
+from uscale_jax._optimizer_probe import Report, Response, Trial
+from uscale_jax._places import fitting, is_absent, kept_otherwise
 from uscale_jax._plan import Plan
-from uscale_jax._powers import Scale, Terms, is_scaled, mapped, terms, times
+from uscale_jax._powers import Scale, mapped
 from uscale_jax._types import Key, Tree
 
 
@@ -57,12 +57,18 @@ def scale_optimizer(
                                                 :func:`clip_by_global_norm`
     ==========================================  ===================================================
 
+    **Shrinking.**  For the small model's parameters, of a plan with chosen units (:func:`select`)
+    or any other, ``tx`` is the big model's optimizer, and everything is the other way round: the
+    learning rate of Adam is α·k for what sums over an axis that became k times smaller, decoupled
+    decay λ/k.  Shapes say which of the two it is.
+
     Nothing is looked up: at first use the optimizer is tried on small stand-ins for the two models
     of the plan, and where its update on copies is not the copies of its update, constants are
     divided out, and the rest is said in a :class:`UnitScaleFrameWarning`.
 
     Args:
-      tx: the optimizer of the small model, unchanged: anything of optax, chains, your own.
+      tx: the optimizer of the small model (to shrink: of the big one), unchanged: anything of
+        optax, chains, your own.
       plan: what :func:`plan` returned, or ``Plan.from_json``.
       check: try the optimizer on stand-ins.  Without it nothing is divided out either.
 
@@ -111,16 +117,27 @@ def scale_optimizer(
       of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.
     """
     inner = optax.with_extra_args_support(tx)
-    scales = {leaf.key: Scale.of(leaf) for leaf in plan.leaves.values()}
-    corrections = _Corrections(inner, plan, check)
+    grown = _Frame(plan, _Corrections(inner, plan, check))
+
+    @cache
+    def shrunk() -> _Frame:
+        # Units that are gone are no copies: there is nothing to try the optimizer on.
+        back = inverse(plan)
+        return _Frame(back, _Corrections(inner, back, check=False))
+
+    def frame(tree: Tree) -> _Frame:
+        keys, leaves, _ = _tree.flatten_named(tree, is_leaf=is_absent)
+        return shrunk() if is_of_small(plan, keys, leaves) else grown
 
     def init(params: Tree) -> optax.OptState:
+        plan, scales, corrections = frame(params)
         corrections.of(params)
         return inner.init(mapped(params, plan, scales, Scale.weight))
 
     def update(
         updates: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, optax.OptState]:
+        plan, scales, corrections = frame(updates if params is None else params)
         responses = corrections.of(updates if params is None else params)
         inside = mapped(updates, plan, scales, Scale.gradient)
         weights = None if params is None else mapped(params, plan, scales, Scale.weight)
@@ -137,86 +154,15 @@ def scale_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip_by_global_norm(max_norm: Any, plan: Plan) -> optax.GradientTransformationExtraArgs:
-    r"""Returns ``optax.clip_by_global_norm`` for use inside :func:`scale_optimizer`.
+class _Frame:
+    """One direction: the plan to the model that is trained, and what its leaves take."""
 
-    A global norm in the small model's frame counts every copy.  Here each counts for 1/n,
+    def __init__(self, plan: Plan, corrections: _Corrections) -> None:
+        self.plan, self.corrections = plan, corrections
+        self.scales = {leaf.key: Scale.of(leaf) for leaf in plan.leaves.values()}
 
-    .. math:: \lVert g \rVert^2 = \sum_{\mathrm{leaves}} \sum_i \frac{|g_i|^2}{n_i}
-
-    which is the small model's norm as long as copies are equal.
-
-    Args:
-      max_norm: what the norm is clipped to.
-      plan: the plan that ``scale_optimizer`` has.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs`` with an empty state.  On gradients of the small
-      model's shapes it is ``optax.clip_by_global_norm``.
-
-    Raises:
-      ValueError: at first use, where the tree is that of neither of the plan's models.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import uscale_jax as us
-      >>> apply = lambda params, x: (x @ params["in"]) @ params["out"]
-      >>> shapes = lambda n: {"in": jnp.ones((5, n)), "out": jnp.ones((n, 3))}
-      >>> plan = us.plan(apply, shapes(4), apply, shapes(8), jnp.ones((2, 5)))
-      >>> tx = optax.chain(us.clip_by_global_norm(1.0, plan), optax.adam(0.1))
-      >>> tx = us.scale_optimizer(tx, plan)
-      >>> state = tx.init(shapes(8))
-
-    References:
-      Pascanu et al., *On the difficulty of training recurrent neural networks*, 2013
-      (arXiv:1211.5063).
-    """
-
-    def update(
-        updates: Tree, state: optax.OptState, params: Tree | None = None, **extra_args: Any
-    ) -> tuple[Tree, optax.OptState]:
-        del params
-        keys, leaves, _ = _tree.flatten_named(updates)
-        known = extra_args.get(COPIES)
-        weights = (
-            _weights(plan, keys, leaves)
-            if known is None
-            else [(1 / np.asarray(known[key]),) for key in keys]
-        )
-        norm = _norm(leaves, weights)
-        return jax.tree.map(lambda x: _clipped(x, norm, max_norm), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _weights(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> list[Terms]:
-    """1/n of every leaf of the big model; 1 of the small one's."""
-    shapes = {leaf.source: leaf.small for leaf in plan.leaves.values()}
-    for prefix in prefixes(shapes):
-        names = [(*prefix, *key) for key in keys]
-        if all(shapes.get(k) == x.shape for k, x in zip(names, leaves, strict=True)):
-            return [()] * len(keys)
-    owners = fitting(plan, keys, leaves)
-    return [() if owner is None else terms(owner, n=-1) for owner in owners]
-
-
-def _norm(leaves: Sequence[Any], weights: Sequence[Terms]) -> jax.Array:
-    """The norm over all floating leaves, in the widest of their dtypes and at least in float32."""
-    squares = [_square(x, w) for x, w in zip(leaves, weights, strict=True) if is_scaled(x)]
-    wide = max((x.dtype for x in squares), key=lambda dtype: jnp.finfo(dtype).bits, default=None)
-    return jnp.sqrt(sum((x.astype(wide) for x in squares), jnp.zeros((), wide)))
-
-
-def _square(x: Any, weights: Terms) -> jax.Array:
-    wide = jnp.abs(x.astype(_factors.compute_dtype(x.dtype)))
-    return jnp.sum(times(jnp.square(wide), weights))
-
-
-def _clipped(x: Any, norm: jax.Array, max_norm: Any) -> jax.Array:
-    if not is_scaled(x):
-        return x
-    limit = jnp.asarray(max_norm, norm.dtype)
-    return _factors.multiply(x, jnp.where(norm < limit, jnp.ones_like(norm), limit / norm))
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.plan, self.scales, self.corrections))
 
 
 def _without_functions(update: Any, extra_args: Mapping[str, Any], *trees: Any) -> Any:

@@ -48,6 +48,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "small_keys": [list(key) for key in plan.small_keys],
         "notes": list(plan.notes),
         "axes": axes,
+        "kept": {name: list(units) for name, units in plan.kept.items()},
         "leaves": leaves,
         "arrays": arrays.kept,
     }
@@ -112,6 +113,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         exact=bool(data["exact"]),
         precision=str(data["precision"]),
         small_keys=tuple(tuple(key) for key in data["small_keys"]),
+        kept={str(k): tuple(map(int, v)) for k, v in data.get("kept", {}).items()},
     )
 
 

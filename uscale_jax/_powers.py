@@ -29,8 +29,17 @@ _TOLERANCE = 0.02
 
 def terms(leaf: LeafPlan, *, m: float = 0, n: float = 0) -> Terms:
     """Returns m and n of a leaf to these powers: one float, and arrays where elements differ."""
+    return _product((leaf.factors, m), (leaf.copies, n))
+
+
+def rate_terms(leaf: LeafPlan) -> Terms:
+    """Returns what the learning rate of a leaf takes in the same form: m, but of chosen units."""
+    return _product((leaf.factors if leaf.rates is None else leaf.rates, 1))
+
+
+def _product(*powers: tuple[Sequence[Any], float]) -> Terms:
     found: dict[tuple[int, ...], Any] = {}
-    for arrays, exponent in ((leaf.factors, m), (leaf.copies, n)):
+    for arrays, exponent in powers:
         for array in arrays if exponent else ():
             shape = np.shape(array)
             found[shape] = found.get(shape, 1.0) * np.asarray(array, np.float64) ** exponent
@@ -66,7 +75,7 @@ class Scale:
     @staticmethod
     def of(leaf: LeafPlan) -> Scale:
         """Returns that of a leaf."""
-        return Scale(terms(leaf, m=-1), terms(leaf, m=1, n=1), terms(leaf, m=1), leaf.shift)
+        return Scale(terms(leaf, m=-1), terms(leaf, m=1, n=1), rate_terms(leaf), leaf.shift)
 
     def divided(self, ratio: float) -> Scale:
         """Returns one whose steps are divided by a constant."""
