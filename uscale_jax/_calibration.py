@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _tree
+from uscale_jax import _jax, _tree
 from uscale_jax._plan import Models, Plan
 from uscale_jax._planning import Remade, remade
-from uscale_jax._types import Tree
+from uscale_jax._types import Key, Tree
 from uscale_jax.trace import tapped
 from uscale_jax.trace.readings import Reading, readings
 
@@ -142,16 +143,34 @@ def big_leaves(remade: Remade, params: Tree) -> list[Any]:
     """Returns the big model's leaves as its program takes them: those of the layers that stay."""
     keys, leaves, _ = _tree.flatten_named(params)
     given = dict(zip(keys, leaves, strict=True))
-    deepened = remade.deepened
-    if deepened is None:
-        return [given[key] for key in remade.traced.keys]
     found = []
     for key in remade.traced.keys:
-        big = deepened.kept[key]
-        leaf = given[big]
-        if big in deepened.steps:
-            steps = deepened.steps[big]
-            first = np.unique(steps.sources, return_index=True)[1]
-            leaf = jax.numpy.take(leaf, first, axis=steps.dim)
-        found.append(leaf)
+        big, dim, layers = _place(remade, key)
+        found.append(given[big] if dim is None else jnp.take(given[big], layers, axis=dim))
     return found
+
+
+def with_leaves(remade: Remade, params: Tree, changed: Mapping[int, Any]) -> Tree:
+    """Returns the big model's parameters with some of ``big_leaves`` changed."""
+    keys, leaves, treedef = _tree.flatten_named(params)
+    order = {key: i for i, key in enumerate(keys)}
+    for i, value in changed.items():
+        big, dim, layers = _place(remade, remade.traced.keys[i])
+        leaf = jnp.asarray(leaves[order[big]])
+        new = _jax.with_weak_type(jnp.asarray(value).astype(leaf.dtype), leaf)
+        if dim is not None:
+            new = leaf.at[(slice(None),) * dim + (layers,)].set(new)
+        leaves[order[big]] = new
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _place(remade: Remade, key: Key) -> tuple[Key, int | None, Any]:
+    """Where a leaf of the cut program stands in the big model, and which of its layers it has."""
+    deepened = remade.deepened
+    if deepened is None:
+        return key, None, None
+    big = deepened.kept[key]
+    if big not in deepened.steps:
+        return big, None, None
+    steps = deepened.steps[big]
+    return big, steps.dim, np.unique(steps.sources, return_index=True)[1]

@@ -85,7 +85,9 @@ def _summed(values: Vector, reading: Reading) -> Vector:
     return values.sum(tuple(range(scans)))
 
 
-def by_reconstruction(calibration: Calibration, params: Sequence[Any]) -> Scores:
+def by_reconstruction(
+    calibration: Calibration, params: Sequence[Any], classes: Mapping[str, Vector]
+) -> Scores:
     """Returns what the products that read an axis lose, the units that are left making up for it.
 
     Only where these products are all that becomes of the units.  What a stream carries is more
@@ -95,14 +97,17 @@ def by_reconstruction(calibration: Calibration, params: Sequence[Any]) -> Scores
     scores = of_readings(calibration, "square")
     known = grams(calibration)
     for name, atom in calibration.remade.atoms.items():
+        units = classes[name]
         readers = [
             each
             for reading in calibration.readings
             if atom in private and atom in reading.atoms() and reading.first in known
-            for each in _readers(calibration, reading, known[reading.first], params, atom)
+            for each in _readers(calibration, reading, known[reading.first], params, atom, units)
         ]
         if readers:
-            scores[name] = eliminated(readers, atom.size[-1], atom.size[0])
+            count = units.max() + 1
+            together = eliminated(readers, count, min(count, atom.size[0]))
+            scores[name] = (together / np.bincount(units))[units]
     return scores
 
 
@@ -117,15 +122,19 @@ def _private(remade: Remade) -> set[Atom]:
 
 
 def _readers(
-    calibration: Calibration, reading: Reading, gram: Vector, params: Sequence[Any], atom: Atom
+    calibration: Calibration,
+    reading: Reading,
+    gram: Vector,
+    params: Sequence[Any],
+    atom: Atom,
+    classes: Vector,
 ) -> Iterator[Readers]:
     own = part(calibration, reading)
     if own is None:
         return
     units = _units(reading, atom, own)
-    gram = np.broadcast_to(
-        gram.reshape(-1, *gram.shape[-3:]), (*own.big.shape[:2], *gram.shape[-2:])
-    )
+    units = np.where(units < 0, -1, classes[units])
+    gram = np.broadcast_to(gram, (*own.big.shape[:2], *gram.shape[-2:]))
     for turn in np.ndindex(own.big.shape[:2]):
         weight = np.asarray(params[own.leaf]).reshape(-1)[own.big[turn]]
         yield Readers(gram[turn], weight.astype(np.float64), units)

@@ -12,6 +12,7 @@ import numpy as np
 from uscale_jax import _calibration, _criteria, _factors, _layer_scores
 from uscale_jax._calibration import Calibration, Wanted
 from uscale_jax._criteria import Scores, Vector
+from uscale_jax._duplicates import Duplicates, duplicates
 from uscale_jax._plan import Models, Plan
 from uscale_jax._planning import Remade, remade
 from uscale_jax._types import Apply, Tree
@@ -38,6 +39,8 @@ class Importance:
     """By family of layers: one number a layer of the big model."""
     calibration: Calibration | None = field(default=None, repr=False)
     """What was read, with which least squares refit what reads the units that stay."""
+    duplicates: Duplicates | None = field(default=None, repr=False)
+    """Which units are equal, and which nothing reads."""
     notes: tuple[str, ...] = ()
     """What was not as it usually is, such as axes that no product reads."""
 
@@ -153,7 +156,8 @@ def importance(
     scores, notes = work.completed(found)
     _check_finite({**scores, **influence})
     kept = work.calibration if keep else None
-    return Importance(replace(plan, models=models), method, scores, influence, kept, notes)
+    chosen = replace(plan, models=models)
+    return Importance(chosen, method, scores, influence, kept, work.duplicates, notes)
 
 
 class _Work:
@@ -162,6 +166,9 @@ class _Work:
     def __init__(self, plan: Plan, models: Models, params: Tree, batches: Sequence[Any]) -> None:
         self.plan, self.models, self.params, self.batches = plan, models, params, batches
         self.calibration: Calibration | None = None
+        self.made = remade(plan, models._replace(rotary=False))
+        self.leaves = _calibration.big_leaves(self.made, params)
+        self.duplicates = duplicates(self.made, self.leaves)
 
     def scores(self, method: str, loss: Loss | None, key: jax.Array | None) -> Scores:
         """Returns the scores of a method, of the axes that it has any for."""
@@ -174,20 +181,8 @@ class _Work:
             return self._taylor(loss)
         if method == "reconstruction":
             calibration = self.calibrated(_with_grams)
-            return _criteria.by_reconstruction(calibration, self.leaves)
+            return _criteria.by_reconstruction(calibration, self.leaves, self.duplicates.classes)
         return _criteria.of_readings(self.calibrated(_energies), READ[method])
-
-    @property
-    def made(self) -> Remade:
-        """Return the two programs."""
-        if self.calibration is not None:
-            return self.calibration.remade
-        return remade(self.plan, self.models._replace(rotary=False))
-
-    @property
-    def leaves(self) -> list[Any]:
-        """Return the big model's leaves, less those of layers that go."""
-        return _calibration.big_leaves(self.made, self.params)
 
     def calibrated(self, take: _calibration.Take) -> Calibration:
         """Returns what is read over all batches, and keeps it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from uscale_jax._calibration import Calibration
-from uscale_jax.trace.atoms import Atom, Dim, leaves
+from uscale_jax.trace.atoms import Atom, leaves
 from uscale_jax.trace.layout import Places, units_of_places
 from uscale_jax.trace.readings import Reading, columns, dim_length
 from uscale_jax.trace.roles import Role, roles
@@ -23,28 +22,23 @@ RIDGE = 1e-6
 
 
 class Part(NamedTuple):
-    """The elements of a leaf that one product reads with: (turns, batch, places, columns)."""
+    """The elements of a leaf that one product reads with."""
 
     leaf: int
     big: Places
-    small: Places
+    """(turns, batch, places, columns), of the big model."""
 
 
 def part(calibration: Calibration, reading: Reading) -> Part | None:
-    """Returns the elements of the big leaf and of the small one; None where they are computed."""
+    """Returns the elements of the leaf that reads; None where they are computed."""
     if reading.view is None or reading.mutual or reading.groups > 1:
         return None
     value = calibration.remade.traced.structure.program.inputs[reading.view.leaf]
-    big, small = (reading.view.elements(value, program) for program in (-1, 0))
-    if big is None or small is None:
+    index = reading.view.elements(value)
+    if index is None:
         return None
-    return Part(reading.view.leaf, _turned(reading, big), _turned(reading, small))
-
-
-def _turned(reading: Reading, index: Places) -> Places:
-    scans = len(reading.view.scans) if reading.view else 0
-    turns = index.reshape(-1, *index.shape[scans:])
-    return np.stack([columns(reading, each) for each in turns])
+    turns = index.reshape(-1, *index.shape[len(reading.view.scans) :])
+    return Part(reading.view.leaf, np.stack([columns(reading, each) for each in turns]))
 
 
 def grams(calibration: Calibration) -> dict[int, Array]:
@@ -66,30 +60,27 @@ class _Fit:
 
 
 def refitted(
-    calibration: Calibration,
-    big: Sequence[Any],
-    small: Sequence[Any],
-    kept: Mapping[str, Sequence[int]],
+    calibration: Calibration, params: Sequence[Any], units: Mapping[str, Array]
 ) -> dict[int, Array]:
-    """Returns leaves of the small model whose products come closest to the big model's.
+    r"""Returns leaves of the big model in which places that stay do the work of those that go.
 
-    .. math:: \\min_W \\lVert X_S W - X W' \\rVert^2 + \\lambda \\lVert W - W_0 \\rVert^2
+    .. math:: \min_\Delta \lVert X_S \Delta - X_G W_G \rVert^2 + \lambda \lVert \Delta \rVert^2
 
-    with X what is read, S the places that stay, W' the big model's leaf and W₀ the small one's as
-    it is: where nothing is lost, nothing moves.
+    with X what is read, S the places that stay and G those that go: where nothing is lost, nothing
+    moves.  ``units`` are -1 for those that go.
     """
-    units = {calibration.remade.atoms[name]: np.asarray(each) for name, each in kept.items()}
+    atoms = calibration.remade.atoms
+    going = {atoms[name]: each < 0 for name, each in units.items() if (each < 0).any()}
     found: dict[int, Array] = {}
-    for fit in _fits(calibration, set(units)):
+    for fit in _fits(calibration, set(going)):
         own = fit.part
-        rows = _rows(fit.reading, units, own)
-        cols = kept_places(fit.reading.free, units)
-        flat = found.setdefault(own.leaf, np.array(small[own.leaf], np.float64)).reshape(-1)
-        weights = np.asarray(big[own.leaf]).reshape(-1)
+        gone = _gone(fit.reading, going, own)
+        if own.leaf not in found:
+            found[own.leaf] = np.array(params[own.leaf], np.float64)
+        flat = found[own.leaf].reshape(-1)
         for turn in np.ndindex(own.big.shape[:2]):
-            weight = weights[own.big[turn][:, cols]].astype(np.float64)
-            at = own.small[turn]
-            flat[at] = _solved(fit.gram[turn], weight, rows, flat[at])
+            at = own.big[turn]
+            flat[at[~gone]] += _taken_over(fit.gram[turn], flat[at[gone]], gone)
     return found
 
 
@@ -125,29 +116,21 @@ def _readers(calibration: Calibration) -> set[tuple[int, Atom]]:
     return found
 
 
-def kept_places(dims: Sequence[Dim], kept: Mapping[Atom, Array]) -> Places:
-    """Returns the row-major places along dimensions of the big model all of whose units stay."""
-    found = np.zeros(1, np.int64)
-    for dim in dims:
-        size = dim_length(dim)
-        stays = np.ones(size, bool)
+def _gone(reading: Reading, going: Mapping[Atom, Array], own: Part) -> Array:
+    """Which places of a matrix go; a window has as many for each channel as it has pixels."""
+    found = np.zeros(1, bool)
+    for dim in reading.summed:
+        gone = np.zeros(dim_length(dim), bool)
         for atom in dict.fromkeys(leaves(dim)):
-            if atom in kept:
+            if atom in going:
                 units = units_of_places(dim, atom, -1)
-                stays &= (units < 0) | np.isin(units, kept[atom])
-        found = (found[:, None] * size + np.flatnonzero(stays)).reshape(-1)
-    return found
+                gone |= (units >= 0) & going[atom][units]
+        found = (found[:, None] | gone).reshape(-1)
+    return np.repeat(found, own.big.shape[2] // len(found))
 
 
-def _rows(reading: Reading, kept: Mapping[Atom, Array], own: Part) -> Places:
-    """The kept places of a matrix; a window has as many for each channel as it has pixels."""
-    pixels = own.big.shape[2] // math.prod(dim_length(dim) for dim in reading.summed)
-    rows = kept_places(reading.summed, kept)
-    return (rows[:, None] * pixels + np.arange(pixels)).reshape(-1)
-
-
-def _solved(gram: Array, weight: Array, rows: Places, prior: Array) -> Array:
-    inner = gram[np.ix_(rows, rows)]
-    lost = gram[rows] @ weight - inner @ prior
-    ridge = RIDGE * np.trace(inner) / max(len(rows), 1) or 1.0
-    return prior + np.linalg.solve(inner + ridge * np.eye(len(rows)), lost)
+def _taken_over(gram: Array, weight: Array, gone: Array) -> Array:
+    """What the places that stay have to add, for what those that go would have done."""
+    inner, lost = gram[np.ix_(~gone, ~gone)], gram[np.ix_(~gone, gone)] @ weight
+    ridge = RIDGE * np.trace(inner) / max(len(inner), 1) or 1.0
+    return np.linalg.solve(inner + ridge * np.eye(len(inner)), lost)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from uscale_jax import _layer_scores
+from uscale_jax import _choice, _layer_scores
+from uscale_jax._duplicates import Duplicates
 from uscale_jax._importance import Importance
 from uscale_jax._plan import LeafPlan, Models, Plan
 from uscale_jax._planning import Remade, leaf_plans, remade
 from uscale_jax.trace import ratios
-from uscale_jax.trace.growth import Chosen, leaf_growths
-from uscale_jax.trace.units import of_classes
+from uscale_jax.trace.growth import leaf_growths
+from uscale_jax.trace.ratios import Merged
+from uscale_jax.trace.units import Units, of_classes
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 def select(plan: Plan, importance: Importance | Mapping[str, Any]) -> Plan:
     r"""Returns a plan by which the most important units of the big model become the small one.
 
     .. math:: W_j = \frac{c + W'_{\mathrm{kept}(j)}}{m} - c
+
+    Units that the parameters prove equal count as one, and are merged: what reads them is added
+    up.  Units that nothing reads go first.  So whatever :func:`grow` made, with any ``symmetry``,
+    is removed before anything else is, with no change of the function.
 
     A unit goes everywhere at once: the axes of a plan are what prunes together, whatever the
     architecture.  What stays is not divided by the number of copies, for there are none: m is 1
@@ -60,6 +68,23 @@ def select(plan: Plan, importance: Importance | Mapping[str, Any]) -> Plan:
       That units prune in groups, through all layers that share an axis: Fang et al., *DepGraph*,
       2023 (arXiv:2301.12900).
     """
+    return chosen(plan, importance).plan
+
+
+class Selected(NamedTuple):
+    """A plan with chosen units, and what becomes of every unit."""
+
+    plan: Plan
+    units: Mapping[str, Array]
+    """By axis, the unit of the small model that every unit of the big one becomes, -1 for none."""
+
+
+def chosen(plan: Plan, importance: Importance | Mapping[str, Any]) -> Selected:
+    """Returns what :func:`select` does, and which units go.
+
+    Raises:
+      ValueError: as :func:`select`.
+    """
     if plan.models is None:
         raise ValueError(
             "this plan was read from JSON, and does not know its models. Expected: the plan that "
@@ -77,11 +102,13 @@ def select(plan: Plan, importance: Importance | Mapping[str, Any]) -> Plan:
     made = remade(plan, models)
     if made.deepened is not None:
         layers = {family.name: family.kept for family in made.deepened.families}
-    kept = {}
-    for name, atom in made.atoms.items():
-        if atom not in made.traced.structure.strided.atoms:
-            kept[name] = _kept(name, scores, atom.size[-1], atom.size[0])
-    return _selected(plan, models, made, kept, layers)
+    equal = importance.duplicates if isinstance(importance, Importance) else None
+    units = {
+        name: _units(name, scores, equal, atom.size[-1], atom.size[0])
+        for name, atom in made.atoms.items()
+        if atom not in made.traced.structure.strided.atoms
+    }
+    return Selected(_selected(plan, models, made, units, layers), units)
 
 
 def _depth(plan: Plan, models: Models, scores: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -89,12 +116,22 @@ def _depth(plan: Plan, models: Models, scores: Mapping[str, Any]) -> dict[str, t
     assert deepened is not None
     small = {family.name: family.small for family in deepened.families}
     for family in deepened.families:
-        _kept(family.name, scores, family.big, family.small)
+        _checked(family.name, scores, family.big, family.small)
     return _layer_scores.chosen(small, scores)
 
 
-def _kept(name: str, scores: Mapping[str, Any], size: int, count: int) -> np.ndarray[Any, Any]:
-    """The units of the highest scores in order; of equal ones the first."""
+def _units(
+    name: str, scores: Mapping[str, Any], equal: Duplicates | None, size: int, count: int
+) -> Array:
+    """Which unit of the small model every unit of the big one becomes, -1 for none."""
+    own = _checked(name, scores, size, count)
+    classes = np.arange(size) if equal is None else equal.classes[name]
+    dead = np.zeros(size, bool) if equal is None else equal.dead[name]
+    return _choice.chosen(own, classes, dead, count)
+
+
+def _checked(name: str, scores: Mapping[str, Any], size: int, count: int) -> Array:
+    """The scores of an axis, one a unit."""
     if name not in scores:
         raise ValueError(
             f"nothing says which of the {size} units of {name!r} are to stay, {count} of them; "
@@ -112,7 +149,7 @@ def _kept(name: str, scores: Mapping[str, Any], size: int, count: int) -> np.nda
             f"the score of unit {int(np.flatnonzero(np.isnan(own))[0])} of {name!r} is NaN. "
             "Expected: numbers. Fix: look for NaN in parameters and batches."
         )
-    return np.sort(np.argsort(-own, kind="stable")[:count])
+    return own
 
 
 def _check_plan(plan: Plan, other: Plan) -> None:
@@ -132,18 +169,14 @@ def _selected(
     plan: Plan,
     models: Models,
     made: Remade,
-    kept: Mapping[str, np.ndarray[Any, Any]],
+    units: Mapping[str, Array],
     layers: Mapping[str, tuple[int, ...]],
 ) -> Plan:
-    leaves, by_size = _leaves(made, kept)
-    units = {name: tuple(map(int, each)) for name, each in kept.items()}
-    notes = [
-        f"units chosen, {len(each)} of {made.atoms[name].size[-1]} along {name}"
-        for name, each in units.items()
-    ]
-    notes += [
-        f"layers chosen of {name}: {', '.join(map(str, each))}" for name, each in layers.items()
-    ]
+    leaves, by_size = _leaves(made, units)
+    kept = {name: tuple(_choice.first_members(each).tolist()) for name, each in units.items()}
+    notes = [_words(name, each) for name, each in units.items()]
+    for name, each in layers.items():
+        notes.append(f"layers chosen of {name}: {', '.join(map(str, each))}")
     if not by_size:
         notes.append("learning rates as they are: no factors by size solve the model's equations")
     return replace(
@@ -151,15 +184,26 @@ def _selected(
         leaves={leaf.name: leaf for leaf in leaves},
         exact=False,
         notes=tuple(notes),
-        kept={**units, **{name: tuple(each) for name, each in layers.items()}},
+        kept={**kept, **{name: tuple(each) for name, each in layers.items()}},
         models=models,
     )
 
 
-def _leaves(made: Remade, kept: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[LeafPlan], bool]:
+def _words(name: str, units: Array) -> str:
+    """How many units stay, and what becomes of the others."""
+    there = np.flatnonzero(units >= 0)
+    count, merged = len(np.unique(units[there])), len(there) - len(np.unique(units[there]))
+    more = f", {merged} others equal to one of them and merged with it" if merged else ""
+    return f"units chosen along {name}: {count} of {len(units)}{more}"
+
+
+def _leaves(made: Remade, units: Mapping[str, Array]) -> tuple[list[LeafPlan], bool]:
     """The leaves, and whether learning rates go by sizes."""
-    growths = leaf_growths(ratios.of_kept(made.traced), _places(made, kept))
-    leaves = leaf_plans(made, growths)
+    places = {
+        made.atoms[name]: of_classes(each, int(each.max()) + 1) for name, each in units.items()
+    }
+    merged = {atom: _merged(each) for atom, each in places.items() if (each.copies > 1).any()}
+    leaves = leaf_plans(made, leaf_growths(ratios.of_kept(made.traced, merged), places))
     try:
         rates = leaf_growths(ratios.by_size(made.traced))
     except ValueError:
@@ -168,11 +212,7 @@ def _leaves(made: Remade, kept: Mapping[str, np.ndarray[Any, Any]]) -> tuple[lis
     return [replace(leaf, rates=by_key[leaf.source]) for leaf in leaves], True
 
 
-def _places(made: Remade, kept: Mapping[str, np.ndarray[Any, Any]]) -> Chosen:
-    found = {}
-    for name, units in kept.items():
-        atom = made.atoms[name]
-        unit = np.full(atom.size[-1], -1, np.int64)
-        unit[units] = np.arange(len(units))
-        found[atom] = of_classes(unit, len(units))
-    return found
+def _merged(places: Units) -> Merged:
+    if places.new.any():
+        return Merged.IN_PART
+    return Merged.EVENLY if np.ptp(places.copies) == 0 else Merged.UNEVENLY

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from uscale_jax import _factors, _jax, _tree
-from uscale_jax._calibration import Calibration, big_leaves
+from uscale_jax._calibration import Calibration, big_leaves, with_leaves
 from uscale_jax._importance import Importance
 from uscale_jax._plan import Indices, LeafPlan, Plan
 from uscale_jax._reconstruct import refitted
-from uscale_jax._select import select
+from uscale_jax._select import Selected, chosen
 from uscale_jax._types import Key, Tree
 from uscale_jax._verify import verify
 
@@ -41,11 +41,11 @@ def shrink(
 
     **With** ``importance`` the most important units and layers stay, as :func:`select` says, and
     nothing else is kept of the others; unless it was measured by ``"reconstruction"`` (or with
-    ``refit=True``): then what reads the units that stay is solved for anew,
+    ``refit=True``): then what reads the units that stay takes over what the others did,
 
-    .. math:: \min_W \lVert X_S W - X W' \rVert^2 + \lambda \lVert W - W_0 \rVert^2
+    .. math:: \min_\Delta \lVert X_S \Delta - X_G W_G \rVert^2 + \lambda \lVert \Delta \rVert^2
 
-    with X what it reads in the big model, S the units that stay, and W₀ what selecting gives.
+    with X what it reads in the big model, S the units that stay, and G those that go.
     :func:`verify` measures what has changed.  Without data (``"magnitude"``, numbers of your own
     that know of none) the result is a start for training and no usable model, which a warning
     says with the measured change of the outputs.
@@ -82,29 +82,26 @@ def shrink(
     """
     if importance is None:
         return _mapped(params, plan)
-    chosen = select(plan, importance)
-    small = _mapped(params, chosen)
-    if isinstance(importance, Importance) and importance.calibration is not None:
-        small = _refitted(small, params, chosen, importance.calibration)
+    selected = chosen(plan, importance)
+    refit = importance.calibration if isinstance(importance, Importance) else None
+    given = params if refit is None else _refitted(params, selected, refit)
+    small = _mapped(given, selected.plan)
     if isinstance(importance, Importance) and importance.data_free:
-        _warn(small, params, chosen, importance.method)
+        _warn(small, params, selected, importance.method)
     return small
 
 
-def _refitted(small: Tree, params: Tree, plan: Plan, calibration: Calibration) -> Tree:
-    keys, leaves, treedef = _tree.flatten_named(small)
-    order = [keys.index(key) for key in calibration.remade.traced.keys]
-    big = big_leaves(calibration.remade, params)
-    units = {name: plan.kept[name] for name in calibration.remade.atoms if name in plan.kept}
-    for i, found in refitted(calibration, big, [leaves[at] for at in order], units).items():
-        leaf = leaves[order[i]]
-        leaves[order[i]] = _jax.with_weak_type(jnp.asarray(found).astype(leaf.dtype), leaf)
-    return jax.tree.unflatten(treedef, leaves)
+def _refitted(params: Tree, selected: Selected, calibration: Calibration) -> Tree:
+    leaves = big_leaves(calibration.remade, params)
+    changed = refitted(calibration, leaves, selected.units)
+    return with_leaves(calibration.remade, params, changed)
 
 
-def _warn(small: Tree, params: Tree, plan: Plan, method: str) -> None:
+def _warn(small: Tree, params: Tree, selected: Selected, method: str) -> None:
     """Says what a choice without data is worth, measured where that can be done."""
-    models = plan.models
+    if not any((each < 0).any() for each in selected.units.values()):
+        return  # nothing is lost: all that goes is equal to something that stays
+    plan, models = selected.plan, selected.plan.models
     traced = any(map(_jax.is_traced, jax.tree.leaves((small, params))))
     change = ""
     if models is not None and not traced:
