@@ -20,6 +20,10 @@ from uscale_jax._types import Key, Tree
 from uscale_jax._verify import verify
 
 
+_UNCHANGED = 1e-3
+"""Relative change of outputs below which a model is as usable as it was."""
+
+
 class UnitScaleShrinkWarning(UserWarning):
     """A model was shrunk in a way that leaves a start for training, not a model to use."""
 
@@ -99,13 +103,13 @@ def _refitted(params: Tree, selected: Selected, calibration: Calibration) -> Tre
 
 def _warn(small: Tree, params: Tree, selected: Selected, method: str) -> None:
     """Says what a choice without data is worth, measured where that can be done."""
-    if not any((each < 0).any() for each in selected.units.values()):
-        return  # nothing is lost: all that goes is equal to something that stays
     plan, models = selected.plan, selected.plan.models
     traced = any(map(_jax.is_traced, jax.tree.leaves((small, params))))
     change = ""
     if models is not None and not traced:
         found = verify(plan, models.small, small, models.big, params, *models.inputs)
+        if found.error < _UNCHANGED:  # what went was equal to what stays, or read by nothing
+            return
         change = f" On the plan's inputs outputs change by {found.error:.0%} of their size."
     warnings.warn(
         f"units were chosen by {method!r}, without data: what is left is a start for training, not "

@@ -41,53 +41,57 @@ class Growth:
         state = us.resize_state(trained.opt_state, plan)
         adam = optax.adam(self.learning_rate)
         optimizers = {WAYS[0]: us.scale_optimizer(adam, plan), WAYS[1]: adam}
-        same = self._train(self.small, adam, trained, batches)
+        same = train(self.small, adam, trained, batches, self.held_out)
         ways = {
-            name: self._train(self.big, tx, TrainState(grown, state), batches)
+            name: train(self.big, tx, TrainState(grown, state), batches, self.held_out)
             for name, tx in optimizers.items()
         }
         return {
-            "parameters": [_size(trained.params), _size(grown)],
+            "parameters": [size_of(trained.params), size_of(grown)],
             "error": us.verify(
                 plan, self.small.apply, trained.params, self.big.apply, grown, tokens
             ).error,
             "bits_before": before,
-            "bits_just_after": self._evaluate(self.big, grown),
+            "bits_just_after": evaluate(self.big, grown, self.held_out),
             "small": same,
             "ways": ways,
             "plan": _excerpt(plan),
         }
 
-    def _train(
-        self,
-        model: LanguageModel,
-        tx: optax.GradientTransformation,
-        state: TrainState,
-        batches: Any,
-    ) -> Result:
-        """Return training losses, and the held-out loss at the end."""
 
-        def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
-            bits, gradients = jax.value_and_grad(partial(_loss, model.apply))(state.params, batch)
-            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-            return TrainState(optax.apply_updates(state.params, updates), opt_state), bits
+def train(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batches: Any,
+    held_out: Any,
+) -> Result:
+    """Return training losses, and the held-out loss at the end."""
 
-        program = jax.jit(partial(jax.lax.scan, step))
-        state, bits = program(state, jnp.asarray(batches, jnp.int32))
-        losses = [float(value) for value in jax.device_get(bits)]
-        return {"losses": losses, "bits_after": self._evaluate(model, state.params)}
+    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
+        bits, gradients = jax.value_and_grad(partial(_loss, model.apply))(state.params, batch)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), bits
 
-    def _evaluate(self, model: LanguageModel, params: Params) -> float:
-        one = partial(_loss, model.apply, params)
-        windows = jnp.asarray(self.held_out, jnp.int32)
-        return float(jax.jit(lambda windows: jax.lax.map(one, windows).mean())(windows))
+    program = jax.jit(partial(jax.lax.scan, step))
+    state, bits = program(state, jnp.asarray(batches, jnp.int32))
+    losses = [float(value) for value in jax.device_get(bits)]
+    return {"losses": losses, "bits_after": evaluate(model, state.params, held_out)}
+
+
+def evaluate(model: LanguageModel, params: Params, held_out: Any) -> float:
+    """Return the held-out loss."""
+    one = partial(_loss, model.apply, params)
+    windows = jnp.asarray(held_out, jnp.int32)
+    return float(jax.jit(lambda windows: jax.lax.map(one, windows).mean())(windows))
 
 
 def _loss(apply: Callable[..., jax.Array], params: Params, batch: jax.Array) -> jax.Array:
     return cross_entropy_bits(apply(params, batch[:, :-1]), batch[:, 1:])
 
 
-def _size(params: Params) -> int:
+def size_of(params: Params) -> int:
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -46,13 +46,21 @@ def report(results: dict[str, Result], options: Options) -> Report:
         tables=tuple(
             table
             for name, result in results.items()
-            for table in (_table(name, result), _growth_table(name, result["growth"]))
+            for table in (
+                _table(name, result),
+                _growth_table(name, result["growth"]),
+                _shrink_table(name, result["shrinking"]),
+            )
         ),
         plots=(_loss_plot(results), _difference_plot(results), _held_out_plot(results)),
         claims=tuple(
             claim
             for name, one in results.items()
-            for claim in (*_claims(name, one), *_growth_claims(name, one["growth"]))
+            for claim in (
+                *_claims(name, one),
+                *_growth_claims(name, one["growth"]),
+                *_shrink_claims(name, one["shrinking"]),
+            )
         ),
         notes=(*NOTES, *warned[:1], _plan_note(results)),
     )
@@ -137,6 +145,32 @@ def _growth_claims(name: str, growth: Result) -> Iterator[Claim]:
         f"{name}: with one learning rate for all it does not",
         single is not None and planned is not None and single > 4 * planned,
         f"training losses differ by {_number(single, '.1e')}",
+    )
+
+
+def _shrink_table(name: str, shrinking: Result) -> Table:
+    """Return what is left of the model by each way of choosing units."""
+    big, small = shrinking["parameters"]
+    rows = [
+        (method, _number(row["bits_just_after"], ".4f"), _number(row["bits_after"], ".4f"))
+        for method, row in shrinking["rows"].items()
+    ]
+    title = (
+        f"{name}: cut from {big:,} to {small:,} parameters by us.importance and us.shrink; "
+        f"{_number(shrinking['bits_before'], '.4f')} before"
+    )
+    return Table(title, ("units by", "just after", "at the end"), tuple(rows))
+
+
+def _shrink_claims(name: str, shrinking: Result) -> Iterator[Claim]:
+    """Yield that measuring is worth it."""
+    rows = shrinking["rows"]
+    random, best = (rows[m]["bits_just_after"] for m in ("random", "reconstruction"))
+    gain = _difference(random, best)
+    yield Claim(
+        f"{name}: units chosen by reconstruction lose less than units chosen at random",
+        gain is not None and gain > 0,
+        f"{_number(best, '.4f')} against {_number(random, '.4f')} bits/byte",
     )
 
 

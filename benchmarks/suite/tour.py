@@ -22,6 +22,7 @@ from benchmarks.models.transformer_linen import Transformer as LinenTransformer
 from benchmarks.registry import Benchmark, Case, Options, Progress, Result
 from benchmarks.suite._tour_growth import Growth, doubled
 from benchmarks.suite._tour_report import report
+from benchmarks.suite._tour_shrink import Shrinking, halved
 from benchmarks.training import (
     LanguageModel,
     Setting,
@@ -244,6 +245,21 @@ class Tour:
         self.progress.advance(self.size.branch_steps, "grown")
         return found
 
+    def shrink(self, trained: TrainState, bits: float) -> Result:
+        """Cut the trained model down, and train it on, on the branches' batches."""
+        rng = np.random.default_rng([self.seed, 2])
+        shape = (self.size.branch_steps, self.size.batch)
+        batches = data.random_windows(self.corpus.train, shape, self.size.seq + 1, rng)
+        calibration = data.random_windows(
+            self.corpus.train, (8, self.size.batch), self.size.seq, rng
+        )
+        small = self.build(halved(self.size.model))
+        rate = self.base.learning_rate
+        cut = Shrinking(self.trainer.model, small, rate, self.held_out, calibration)
+        found = cut.run(TrainState(trained.params, trained.opt_state[0]), batches, bits)
+        self.progress.advance(self.size.branch_steps, "shrunk")
+        return found
+
     def run(self) -> Result:
         """Return everything the report needs about this model."""
         start = time.perf_counter()
@@ -255,6 +271,7 @@ class Tour:
             warnings.simplefilter("always")
             branches = [self.branch(branch, state, logits) for branch in BRANCHES]
             growth = self.grow(state, trained)
+            shrinking = self.shrink(state, trained)
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "size": asdict(self.size),
@@ -265,6 +282,7 @@ class Tour:
             "losses": losses,
             "branches": branches,
             "growth": growth,
+            "shrinking": shrinking,
             "warnings": sorted({str(w.message) for w in caught}),
             "seconds": time.perf_counter() - start,
         }
@@ -272,7 +290,7 @@ class Tour:
 
 def _run_case(contestant: Contestant, options: Options, progress: Progress) -> Result:
     size = contestant.size(options)
-    steps = size.steps + (len(BRANCHES) + 1) * size.branch_steps
+    steps = size.steps + (len(BRANCHES) + 2) * size.branch_steps
     progress.start(steps, "steps")
     return Tour(contestant, options, progress).run()
 
