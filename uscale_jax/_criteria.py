@@ -11,9 +11,10 @@ import numpy as np
 
 from uscale_jax import _factors
 from uscale_jax._calibration import Calibration
-from uscale_jax._elimination import Readers, eliminated
+from uscale_jax._elimination import Merging, Readers, eliminated
 from uscale_jax._planning import Remade
 from uscale_jax._reconstruct import Part, grams, part
+from uscale_jax.trace import readings
 from uscale_jax.trace.atoms import Atom, leaves
 from uscale_jax.trace.layout import units_of_places
 from uscale_jax.trace.readings import Reading
@@ -71,12 +72,16 @@ def of_readings(calibration: Calibration, what: str) -> Scores:
             values / values.sum()
             for reading, taken in zip(calibration.readings, calibration.taken, strict=True)
             if taken is not None and atom in reading.atoms()
-            for values in [reading.per_unit(_summed(taken[what], reading), atom)]
+            for values in [reading.per_unit(_summed(_of(taken, what), reading), atom)]
             if values is not None and values.sum() > 0
         ]
         if shares:
             found[name] = np.mean(shares, 0)
     return found
+
+
+def _of(taken: Mapping[str, Any], what: str) -> Vector:
+    return readings.spread(taken) if what == "spread" else taken[what]
 
 
 def _summed(values: Vector, reading: Reading) -> Vector:
@@ -86,9 +91,14 @@ def _summed(values: Vector, reading: Reading) -> Vector:
 
 
 def by_reconstruction(
-    calibration: Calibration, params: Sequence[Any], classes: Mapping[str, Vector]
+    calibration: Calibration,
+    params: Sequence[Any],
+    classes: Mapping[str, Vector],
+    kind: type[Readers] | type[Merging] = Readers,
 ) -> Scores:
     """Returns what the products that read an axis lose, the units that are left making up for it.
+
+    ``kind`` says how they do: all together (least squares), or each for what is most like it.
 
     Only where these products are all that becomes of the units.  What a stream carries is more
     than what is read of it, and there shares of squares choose better.
@@ -99,7 +109,7 @@ def by_reconstruction(
     for name, atom in calibration.remade.atoms.items():
         units = classes[name]
         readers = [
-            each
+            kind(*each)
             for reading in calibration.readings
             if atom in private and atom in reading.atoms() and reading.first in known
             for each in _readers(calibration, reading, known[reading.first], params, atom, units)
@@ -128,7 +138,8 @@ def _readers(
     params: Sequence[Any],
     atom: Atom,
     classes: Vector,
-) -> Iterator[Readers]:
+) -> Iterator[tuple[Vector, Vector, Vector]]:
+    """Gram, weights and units of what reads an axis, for every turn of a scan through layers."""
     own = part(calibration, reading)
     if own is None:
         return
@@ -137,7 +148,7 @@ def _readers(
     gram = np.broadcast_to(gram, (*own.big.shape[:2], *gram.shape[-2:]))
     for turn in np.ndindex(own.big.shape[:2]):
         weight = np.asarray(params[own.leaf]).reshape(-1)[own.big[turn]]
-        yield Readers(gram[turn], weight.astype(np.float64), units)
+        yield gram[turn], weight.astype(np.float64), units
 
 
 def _units(reading: Reading, atom: Atom, own: Part) -> Vector:

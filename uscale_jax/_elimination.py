@@ -24,7 +24,7 @@ class Readers:
 
     def __init__(self, gram: Array, weight: Array, units: Array) -> None:
         """Start with all places: gram (places, places), weight (places, columns), their units."""
-        ridge = RIDGE * np.trace(gram) / len(gram)
+        ridge = RIDGE * np.trace(gram) / len(gram) or 1.0  # nothing was read: nothing is lost
         self.gram, self.weight, self.units = gram + ridge * np.eye(len(gram)), weight, units
         self.energy = float(np.sum(weight * (self.gram @ weight))) or 1.0
         self.places = np.arange(len(gram))
@@ -54,7 +54,52 @@ class Readers:
         self._solve()
 
 
-def eliminated(readers: Sequence[Readers], size: int, keep: int) -> Array:
+class Merging:
+    """The same where what a unit does is taken over by the one that is most like it, alone.
+
+    With C the gram of what is read, place i is ``C_ij/C_jj`` times place j as nearly as can be, and
+    :math:`(C_{ii} - C_{ij}^2/C_{jj}) \\lVert W_i \\rVert^2` is lost.  Units of several places merge
+    place by place.
+    """
+
+    def __init__(self, gram: Array, weight: Array, units: Array) -> None:
+        """Start with all units: gram (places, places), weight (places, columns), their units."""
+        self.left = np.unique(units[units >= 0])
+        self.places = places_of(units, self.left)
+        squares = np.sum(np.square(weight), 1)
+        self.losses = sum(similar(gram, row)[0] * squares[row][:, None] for row in self.places.T)
+        self.energy = float(np.sum(weight * (gram @ weight))) or 1.0
+
+    def costs(self, count: int) -> Array:
+        """Returns what is lost with each of ``count`` units alone, as a share of all there is."""
+        costs = np.zeros(count)
+        costs[self.left] = np.min(self.losses, 1, initial=np.inf) / self.energy
+        return costs
+
+    def remove(self, units: Array) -> None:
+        """Drops units."""
+        stays = ~np.isin(self.left, units)
+        self.left, self.losses = self.left[stays], self.losses[np.ix_(stays, stays)]
+
+
+def places_of(units: Array, which: Array) -> Array:
+    """Returns the places of units, a row each, in order; of several equal ones those of one."""
+    order = np.argsort(units, kind="stable")
+    rows = [order[units[order] == unit] for unit in which]
+    return np.stack([row[: min(map(len, rows))] for row in rows])
+
+
+def similar(gram: Array, places: Array) -> tuple[Array, Array]:
+    """Returns what is lost of each place as a multiple of each other one, and that multiple."""
+    inner = gram[np.ix_(places, places)]
+    squares = np.diag(inner)
+    shares = inner / np.where(squares > 0, squares, np.inf)
+    losses = np.maximum(squares[:, None] - inner * shares, 0)
+    np.fill_diagonal(losses, np.inf)
+    return losses, shares
+
+
+def eliminated(readers: Sequence[Readers | Merging], size: int, keep: int) -> Array:
     """Returns scores of ``size`` units: what is lost with each when its turn comes.
 
     Those that cost least go first, a share in every round; who goes later scores no lower.

@@ -13,6 +13,7 @@ from uscale_jax import _calibration, _criteria, _factors, _layer_scores
 from uscale_jax._calibration import Calibration, Wanted
 from uscale_jax._criteria import Scores, Vector
 from uscale_jax._duplicates import Duplicates, duplicates
+from uscale_jax._elimination import Merging, Readers
 from uscale_jax._plan import Models, Plan
 from uscale_jax._planning import Remade, remade
 from uscale_jax._types import Apply, Tree
@@ -21,7 +22,12 @@ from uscale_jax.trace.readings import Reading
 
 READ = {"activation": "square", "mean": "abs", "variance": "spread", "wanda": "energy"}
 """Methods by what is read, and what is taken of it."""
-METHODS = ("magnitude", *READ, "taylor", "reconstruction", "random")
+SOLVED: Mapping[str, type[Readers] | type[Merging]] = {
+    "reconstruction": Readers,
+    "merging": Merging,
+}
+"""Methods by what the others can make up for, and how."""
+METHODS = ("magnitude", *READ, "taylor", *SOLVED, "random")
 
 Loss = Callable[..., Any]
 
@@ -47,7 +53,7 @@ class Importance:
     @property
     def data_free(self) -> bool:
         """Return whether it looks at parameters alone."""
-        return self.method in ("magnitude", "random")
+        return self.method in ("magnitude", "random") and self.calibration is None
 
 
 def importance(
@@ -83,15 +89,17 @@ def importance(
                           loses *when the other units make up for it*, units going a few at a
                           time; streams, of which more becomes than what is read, as
                           ``"activation"``
+    ``"merging"``         :math:`\min_i (\sum X_j^2 - (\sum X_i X_j)^2 / \sum X_i^2)\, w_j^2`, what
+                          is lost when the one unit most like it makes up for it, as it then
+                          does; streams again as ``"activation"``
     ``"random"``          random numbers, to compare with
     ====================  ========================================================================
 
     Several readings of an axis count equally, each as shares of its sum.
 
-    **Refit.**  After ``"reconstruction"`` (or with ``refit=True``), :func:`shrink` solves for what
-    reads the units that stay, so that products come as close to the big model's as they can:
-
-    .. math:: \min_W \lVert X_S W - X W' \rVert^2
+    **Refit.**  After ``"reconstruction"`` (or with ``refit=True``), :func:`shrink` lets what reads
+    the units that stay take over what the others did, so that products come as close to the big
+    model's as they can: least squares on what was read.
 
     **Layers.**  Where the plan drops layers (``depth=``, any list), they are chosen first: by
     ``"influence"``, :math:`1 - \mathrm{E} \cos(x_l, x_{l+1})` of what goes into a layer and what
@@ -108,7 +116,7 @@ def importance(
       layers: ``"influence"`` or ``"loss"``.
       loss: ``loss(outputs, *batch)``, a scalar; for ``"taylor"`` and ``layers="loss"``.
       refit: whether to keep the grams :math:`X^TX` that refitting takes; None for
-        ``"reconstruction"`` only.
+        ``"reconstruction"`` and ``"merging"`` only.
       key: for ``"random"``.
 
     Returns:
@@ -149,8 +157,8 @@ def importance(
         depth = _layer_scores.chosen(_families(plan, models), influence)
         models = models._replace(depth=depth)
     work = _Work(plan, models, params, given)
-    found = work.scores(method, loss, key)
-    keep = method == "reconstruction" if refit is None else refit
+    keep = method in SOLVED if refit is None else refit
+    found = work.scores(method, loss, key, keep)
     if keep and work.calibration is None:
         work.calibrated(_with_grams)
     scores, notes = work.completed(found)
@@ -170,7 +178,7 @@ class _Work:
         self.leaves = _calibration.big_leaves(self.made, params)
         self.duplicates = duplicates(self.made, self.leaves)
 
-    def scores(self, method: str, loss: Loss | None, key: jax.Array | None) -> Scores:
+    def scores(self, method: str, loss: Loss | None, key: jax.Array | None, keep: bool) -> Scores:
         """Returns the scores of a method, of the axes that it has any for."""
         if method == "random":
             return self._random(key)
@@ -179,10 +187,11 @@ class _Work:
         if method == "taylor":
             assert loss is not None
             return self._taylor(loss)
-        if method == "reconstruction":
-            calibration = self.calibrated(_with_grams)
-            return _criteria.by_reconstruction(calibration, self.leaves, self.duplicates.classes)
-        return _criteria.of_readings(self.calibrated(_energies), READ[method])
+        if method in SOLVED:
+            seen, classes = self.calibrated(_with_grams), self.duplicates.classes
+            return _criteria.by_reconstruction(seen, self.leaves, classes, SOLVED[method])
+        seen = self.calibrated(_with_grams if keep else _energies)
+        return _criteria.of_readings(seen, READ[method])
 
     def calibrated(self, take: _calibration.Take) -> Calibration:
         """Returns what is read over all batches, and keeps it."""
@@ -205,7 +214,7 @@ class _Work:
         @jax.jit
         def products(params: Tree, batch: Sequence[Any]) -> Any:
             cost = lambda p: loss(self.models.big(p, *batch[:count]), *batch)  # noqa: E731
-            gradient = jax.grad(cost, allow_int=True)(params)
+            gradient = jax.tree.map(_slope, jax.grad(cost, allow_int=True)(params), params)
             leaves, slopes = (_calibration.big_leaves(made, t) for t in (params, gradient))
             both = zip(leaves, slopes, strict=True)
             real = [x * g if _factors.is_scaled(x) else x for x, g in both]
@@ -216,7 +225,7 @@ class _Work:
             given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
             sums = jax.device_get(products(self.params, given))
             for name, each in _criteria.of_leaves(made, sums).items():
-                total[name] = total.get(name, 0.0) + np.sum(np.square(each), 0)
+                total[name] = total.get(name, 0.0) + np.square(np.sum(each, 0))
         if not total:
             raise ValueError(_calibration.NO_BATCH)
         return total
@@ -231,6 +240,11 @@ class _Work:
         return {**found, **{name: instead[name] for name in missing}}, (note,)
 
 
+def _slope(gradient: Any, leaf: Any) -> Any:
+    """A gradient as an array: integers have none."""
+    return leaf if gradient.dtype == jax.dtypes.float0 else gradient
+
+
 def _touched(made: Remade) -> Wanted:
     atoms = set(made.atoms.values())
     return lambda reading: bool(reading.atoms() & atoms)
@@ -242,7 +256,7 @@ def _energies(reading: Reading, operands: Sequence[Any]) -> dict[str, jax.Array]
 
 def _with_grams(reading: Reading, operands: Sequence[Any]) -> dict[str, jax.Array]:
     found = readings.energies(reading, operands)
-    if reading.first == reading.visit and not reading.mutual and reading.groups == 1:
+    if reading.first == reading.visit and reading.fits:
         found["gram"] = readings.gram(reading, operands)
     return found
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from uscale_jax import _jax, _tree
-from uscale_jax._calibration import each_batch
+from uscale_jax._calibration import NO_BATCH, each_batch
 from uscale_jax._plan import Models, Plan
 from uscale_jax._planning import shapes_of
 from uscale_jax._types import Tree
@@ -45,7 +45,7 @@ def layer_scores(
         total = {n: total.get(n, 0) + np.asarray(s, np.float64) for n, s in scores.items()}
         count += 1
     if not count:
-        return {}
+        raise ValueError(NO_BATCH)
     means = {name: each / count for name, each in total.items()}
     return {**means, **{name: means[leader] for name, leader in follows.items()}}
 

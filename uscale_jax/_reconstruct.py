@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from uscale_jax._calibration import Calibration
+from uscale_jax._elimination import RIDGE, similar
 from uscale_jax.trace.atoms import Atom, leaves
 from uscale_jax.trace.layout import Places, units_of_places
 from uscale_jax.trace.readings import Reading, columns, dim_length
@@ -16,9 +17,6 @@ from uscale_jax.trace.roles import Role, roles
 from uscale_jax.trace.sizes import changing
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-
-RIDGE = 1e-6
-"""Of the mean square of what is read, what is added to all squares."""
 
 
 class Part(NamedTuple):
@@ -31,7 +29,7 @@ class Part(NamedTuple):
 
 def part(calibration: Calibration, reading: Reading) -> Part | None:
     """Returns the elements of the leaf that reads; None where they are computed."""
-    if reading.view is None or reading.mutual or reading.groups > 1:
+    if reading.view is None or not reading.fits:
         return None
     value = calibration.remade.traced.structure.program.inputs[reading.view.leaf]
     index = reading.view.elements(value)
@@ -60,14 +58,18 @@ class _Fit:
 
 
 def refitted(
-    calibration: Calibration, params: Sequence[Any], units: Mapping[str, Array]
+    calibration: Calibration,
+    params: Sequence[Any],
+    units: Mapping[str, Array],
+    merge: bool = False,
 ) -> dict[int, Array]:
     r"""Returns leaves of the big model in which places that stay do the work of those that go.
 
     .. math:: \min_\Delta \lVert X_S \Delta - X_G W_G \rVert^2 + \lambda \lVert \Delta \rVert^2
 
     with X what is read, S the places that stay and G those that go: where nothing is lost, nothing
-    moves.  ``units`` are -1 for those that go.
+    moves.  ``units`` are -1 for those that go.  With ``merge`` each is taken over by the one that
+    is most like it, alone.
     """
     atoms = calibration.remade.atoms
     going = {atoms[name]: each < 0 for name, each in units.items() if (each < 0).any()}
@@ -80,7 +82,8 @@ def refitted(
         flat = found[own.leaf].reshape(-1)
         for turn in np.ndindex(own.big.shape[:2]):
             at = own.big[turn]
-            flat[at[~gone]] += _taken_over(fit.gram[turn], flat[at[gone]], gone)
+            how = _merged if merge else _taken_over
+            flat[at[~gone]] += how(fit.gram[turn], flat[at[gone]], gone)
     return found
 
 
@@ -102,7 +105,42 @@ def _fits(calibration: Calibration, gone: set[Atom]) -> list[_Fit]:
             found[key].gram = found[key].gram + gram
         else:
             found[key] = _Fit(own, reading, gram)
-    return list(found.values())
+    return _apart(list(found.values()))
+
+
+def _apart(fits: Sequence[_Fit]) -> list[_Fit]:
+    """Solves for elements that several products read together: all columns of equal elements.
+
+    What shares only some of its rows with another is left as it is.
+    """
+    found: list[_Fit] = []
+    by_leaf: dict[int, list[_Fit]] = {}
+    for fit in fits:
+        by_leaf.setdefault(fit.part.leaf, []).append(fit)
+    for own in by_leaf.values():
+        elements = [np.unique(fit.part.big) for fit in own]
+        overlap = sum(map(len, elements)) > len(np.unique(np.concatenate(elements)))
+        found += _by_column(own) if overlap else own
+    return found
+
+
+def _by_column(fits: Sequence[_Fit]) -> list[_Fit]:
+    """One fit a column, with the grams of all that read it."""
+    columns: dict[bytes, _Fit] = {}
+    for fit in fits:
+        for turn in np.ndindex(fit.part.big.shape[:2]):
+            for column in fit.part.big[turn].T:
+                gram = fit.gram[turn][None, None]
+                known = columns.get(column.tobytes())
+                if known is not None:
+                    known.gram = known.gram + gram
+                else:
+                    part = Part(fit.part.leaf, column[None, None, :, None])
+                    columns[column.tobytes()] = _Fit(part, fit.reading, gram)
+    every = np.concatenate([fit.part.big.reshape(-1) for fit in columns.values()])
+    elements, counts = np.unique(every, return_counts=True)
+    shared = elements[counts > 1]
+    return [fit for fit in columns.values() if not np.isin(fit.part.big, shared).any()]
 
 
 def _readers(calibration: Calibration) -> set[tuple[int, Atom]]:
@@ -134,3 +172,13 @@ def _taken_over(gram: Array, weight: Array, gone: Array) -> Array:
     inner, lost = gram[np.ix_(~gone, ~gone)], gram[np.ix_(~gone, gone)] @ weight
     ridge = RIDGE * np.trace(inner) / max(len(inner), 1) or 1.0
     return np.linalg.solve(inner + ridge * np.eye(len(inner)), lost)
+
+
+def _merged(gram: Array, weight: Array, gone: Array) -> Array:
+    """The same, of the one place that is most like each."""
+    losses, shares = similar(gram, np.arange(len(gram)))
+    losses, shares = losses[np.ix_(gone, ~gone)], shares[np.ix_(gone, ~gone)]
+    best = np.argmin(losses, 1)
+    found = np.zeros((int(np.sum(~gone)), weight.shape[1]))
+    np.add.at(found, best, shares[np.arange(len(best)), best][:, None] * weight)
+    return found

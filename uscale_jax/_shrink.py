@@ -19,7 +19,6 @@ from uscale_jax._select import Selected, chosen
 from uscale_jax._types import Key, Tree
 from uscale_jax._verify import verify
 
-
 _UNCHANGED = 1e-3
 """Relative change of outputs below which a model is as usable as it was."""
 
@@ -88,16 +87,17 @@ def shrink(
         return _mapped(params, plan)
     selected = chosen(plan, importance)
     refit = importance.calibration if isinstance(importance, Importance) else None
-    given = params if refit is None else _refitted(params, selected, refit)
+    merge = isinstance(importance, Importance) and importance.method == "merging"
+    given = params if refit is None else _refitted(params, selected, refit, merge)
     small = _mapped(given, selected.plan)
     if isinstance(importance, Importance) and importance.data_free:
         _warn(small, params, selected, importance.method)
     return small
 
 
-def _refitted(params: Tree, selected: Selected, calibration: Calibration) -> Tree:
+def _refitted(params: Tree, selected: Selected, calibration: Calibration, merge: bool) -> Tree:
     leaves = big_leaves(calibration.remade, params)
-    changed = refitted(calibration, leaves, selected.units)
+    changed = refitted(calibration, leaves, selected.units, merge)
     return with_leaves(calibration.remade, params, changed)
 
 
@@ -164,7 +164,9 @@ def _shrunk(leaf: Any, plan: LeafPlan) -> Any:
 def _first_copies(leaf: Any, maps: Sequence[Indices | None]) -> Any:
     for axis, old in enumerate(maps):
         if old is not None:
-            leaf = jnp.take(leaf, np.unique(old[old >= 0], return_index=True)[1], axis=axis)
+            there = np.flatnonzero(old >= 0)
+            first = there[np.unique(old[there], return_index=True)[1]]
+            leaf = jnp.take(leaf, first, axis=axis)
     return leaf
 
 

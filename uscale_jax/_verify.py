@@ -119,6 +119,8 @@ def verify(
     else:
         found = _measured(*pair, given, double=double, epsilon=_epsilon(plan, small_params))
     small, big, moved = found
+    if plan.kept:  # of a model that was shrunk, the big one is what it is measured by
+        small, big = big, small
     floor = _DOUBLE_FLOOR if double else _FLOOR * float(jnp.finfo(plan.precision).eps)
     usual = floor + _AMPLIFIED * moved if plan.exact else math.inf
     allowed = usual if tolerance is None else tolerance

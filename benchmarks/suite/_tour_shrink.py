@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +42,9 @@ class Shrinking:
         rows = {}
         for method in METHODS:
             found = us.importance(self.big.apply, trained.params, tokens, plan, method=method)
-            rows[method] = self._row(trained, plan, found, batches)
+            with warnings.catch_warnings():  # "random" is here to be no good
+                warnings.simplefilter("ignore", us.UnitScaleShrinkWarning)
+                rows[method] = self._row(trained, plan, found, batches)
         return {
             "parameters": [size_of(trained.params), size_of(shapes)],
             "bits_before": before,

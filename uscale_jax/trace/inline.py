@@ -61,6 +61,7 @@ class _Builder:
         self.constants: dict[tuple[int, ...], Value] = {}
         self.enters: dict[int, Equation] = {}
         self.visits = 0
+        self.regions, self.region = 0, 0
 
     def closed(
         self,
@@ -82,6 +83,16 @@ class _Builder:
             )
         ]
         return self.jaxprs(jaxprs, consts, args, source, called)
+
+    def inside(
+        self, closed: Sequence[ClosedJaxpr], args: Sequence[Value], source: Source
+    ) -> list[Value]:
+        """Inlines the body of a loop, or a branch: a region of its own."""
+        outer, self.regions = self.region, self.regions + 1
+        self.region = self.regions
+        outputs = self.closed(closed, args, source)
+        self.region = outer
+        return outputs
 
     def _captured(self, arrays: Sequence[Any], avals: Sequence[Any]) -> Value:
         key = tuple(map(id, arrays))
@@ -174,6 +185,7 @@ class _Builder:
         outputs = tuple(value_of(a) for a in avals)
         visit = self.visits - 1
         eqn = Equation(name, tuple(params), tuple(args), outputs, source, visit=visit)
+        eqn.region = self.region
         case = folding.chosen_case(eqn)
         if case is not None and eqn.inputs[case].shape == eqn.outputs[0].shape:
             return [eqn.inputs[case]]
@@ -232,7 +244,7 @@ def _scan(
     for i, xs in enumerate(args[n + c :]):
         avals = [body.in_avals[n + c + i] for body in bodies]
         slices += build.emit("loop_slice", params, [xs], [avals], source)
-    outputs = build.closed(bodies, [*args[:n], *carried, *slices], source)
+    outputs = build.inside(bodies, [*args[:n], *carried, *slices], source)
     avals = _out_avals(eqns)
     last = _close(build, carried, outputs[:c], (), avals[:c], source)
     stacked = []
@@ -247,8 +259,8 @@ def _while(
     m, n = eqns[0].params["cond_nconsts"], eqns[0].params["body_nconsts"]
     bodies = _column(eqns, "body_jaxpr")
     carried = _enter(build, args[m + n :], bodies, n, source)
-    stop = build.closed(_column(eqns, "cond_jaxpr"), [*args[:m], *carried], source)
-    outputs = build.closed(bodies, [*args[m : m + n], *carried], source)
+    stop = build.inside(_column(eqns, "cond_jaxpr"), [*args[:m], *carried], source)
+    outputs = build.inside(bodies, [*args[m : m + n], *carried], source)
     return _close(build, carried, outputs, stop, _out_avals(eqns), source)
 
 
@@ -256,7 +268,7 @@ def _cond(
     build: _Builder, eqns: Sequence[JaxprEqn], args: Sequence[Value], source: Source
 ) -> list[Value]:
     branches = list(zip(*_column(eqns, "branches"), strict=True))
-    cases = [build.closed(branch, args[1:], source) for branch in branches]
+    cases = [build.inside(branch, args[1:], source) for branch in branches]
     outputs = []
     for i, columns in enumerate(_out_avals(eqns)):
         operands = [args[0], *(case[i] for case in cases)]

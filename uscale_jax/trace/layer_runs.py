@@ -65,7 +65,7 @@ class Layers(NamedTuple):
         values, width = _jax.evaluate(seen, *args), len(chain.streams[1])
         by_layer = [values[i : i + width] for i in range(0, len(values), width)]
         pairs = itertools.pairwise(by_layer)
-        return jnp.stack([jnp.ones(()), *(_apart(a, b) for a, b in pairs)])
+        return jnp.stack([jnp.ones((), jnp.float32), *(_apart(a, b) for a, b in pairs)])
 
     def _of_stack(self, stack: Stack, args: Sequence[Any]) -> jax.Array:
         """Runs the program, its scans with what they carry looked at in every turn."""
@@ -116,7 +116,7 @@ def _apart(before: Sequence[Any], after: Sequence[Any]) -> jax.Array:
         for a, b in zip(before, after, strict=True)
         if jnp.issubdtype(a.dtype, jnp.floating) and a.ndim
     ]
-    return jnp.mean(jnp.stack(found)) if found else jnp.ones(())
+    return jnp.mean(jnp.stack(found)) if found else jnp.ones((), jnp.float32)
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:

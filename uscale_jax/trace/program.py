@@ -56,6 +56,8 @@ class Equation:
     visit: int = -1
     """Which equation of the jaxpr it stands for, counted as calls, loops and branches are entered
     (:mod:`uscale_jax.trace.tapped` counts the same way when it runs the jaxpr)."""
+    region: int = 0
+    """Which loop body or branch it is in: what is of one region is run equally often."""
 
     def sizes(self, key: str) -> tuple[Size, ...]:
         """Return a parameter that is a sequence of numbers, as a size per entry."""

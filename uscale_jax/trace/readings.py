@@ -8,7 +8,7 @@ dimensions in the model: ``places`` are what is summed over, ``rows`` are exampl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,12 @@ class Reading:
     def is_convolution(self) -> bool:
         """Return whether windows slide over the activation."""
         return self.eqn.name != "dot_general"
+
+    @property
+    def fits(self) -> bool:
+        """Return whether least squares can say what should read it: one real kernel."""
+        real = all(jnp.issubdtype(v.dtype, jnp.floating) for v in self.eqn.inputs[:2])
+        return real and not self.mutual and self.groups == 1
 
     @property
     def groups(self) -> int:
@@ -110,17 +116,29 @@ def _counted(units: Places, values: Any, size: int) -> np.ndarray[Any, Any]:
 def readings(traced: Traced) -> list[Reading]:
     """Returns all products of activations, in the order of the program."""
     program = traced.structure.program
-    seen = views(program, len(traced.keys))
-    active = {id(v) for v in program.inputs[len(traced.keys) :]}
+    seen, active = views(program, len(traced.keys)), _activations(traced)
     found: list[Reading] = []
     firsts: dict[Any, int] = {}
     for eqn in program.equations:
         sides = [i for i, value in enumerate(eqn.inputs) if id(value) in active]
-        if sides:
-            active.update(map(id, eqn.outputs))
-        if eqn.name in PRODUCTS and sides:
+        if eqn.name in PRODUCTS:
             found += [_reading(traced, eqn, side, sides, seen, firsts) for side in sides]
     return [reading for reading in found if reading.summed or reading.batch]
+
+
+def _activations(traced: Traced) -> set[int]:
+    """Ids of the values that depend on inputs; what a loop carries may become one in it."""
+    program = traced.structure.program
+    active = {id(v) for v in program.inputs[len(traced.keys) :]}
+    while True:
+        before = len(active)
+        for eqn in program.equations:
+            if any(id(value) in active for value in eqn.inputs):
+                active.update(map(id, eqn.outputs))
+                if eqn.name == "loop_close":
+                    active.add(id(eqn.inputs[0]))
+        if len(active) == before:
+            return active
 
 
 def _reading(
@@ -133,12 +151,15 @@ def _reading(
 ) -> Reading:
     own, other = (traced.structure.of(value) for value in (eqn.inputs[side], eqn.inputs[1 - side]))
     batch, summed, free = _dims(eqn, side)
-    windows = (eqn.name, eqn.visit if eqn.name != "dot_general" else None)
-    same = (id(eqn.inputs[side]), tuple(batch), tuple(summed), windows)
+    view = seen.get(id(eqn.inputs[1 - side]))
+    # One gram does for all that read the same, as often and by the same layers.
+    windows = eqn.visit if eqn.name != "dot_general" else None
+    turns = (eqn.region, view.scans if view else ())
+    same = (id(eqn.inputs[side]), tuple(batch), tuple(summed), windows, turns)
     return Reading(
         eqn=eqn,
         side=side,
-        view=seen.get(id(eqn.inputs[1 - side])),
+        view=view,
         mutual=len(sides) > 1,
         batch=[own[i] for i in batch],
         summed=[own[i] for i in summed],
@@ -210,21 +231,43 @@ def gram(reading: Reading, operands: Sequence[Any]) -> jax.Array:
 
 
 def energies(reading: Reading, operands: Sequence[Any]) -> dict[str, jax.Array]:
-    """Returns sums over rows, per batch and place: of x, |x|, x² and x² by the weights' squares."""
+    """Returns what to know of what is read, per batch and place, to be added up.
+
+    Sums over rows of x, |x| and x², the number of rows, the square of what reads it, how often
+    that was added, and x² by that square.
+    """
     if reading.is_convolution:
         x, weight = _channels(reading, *operands)
     else:
         x, other = matrices(reading, operands)
-        weight = jnp.sum(jnp.square(other.astype(jnp.float32)), 2)
-    x = x.astype(jnp.float32)
+        weight = jnp.sum(jnp.square(_real(other)), 2)
+    total, x = jnp.sum(x, 1), _real(x)
+    total = jnp.abs(total) if jnp.iscomplexobj(total) else total
     square = jnp.sum(jnp.square(x), 1)
-    found = {"sum": jnp.sum(x, 1), "abs": jnp.sum(jnp.abs(x), 1), "square": square}
-    if reading.mutual:  # a place adds q·k to the score of every pair
-        energy = jnp.sum(square * weight, 0, keepdims=True)
-        found = {name: jnp.sum(each, 0, keepdims=True) for name, each in found.items()}
-        return {**found, "energy": energy, "spread": energy}
-    variance = square - jnp.square(found["sum"]) / x.shape[1]
-    return {**found, "energy": square * weight, "spread": variance * weight}
+    one = jnp.ones((1, 1), jnp.float32)
+    found = {
+        "sum": total.astype(jnp.float32),
+        "abs": jnp.sum(x, 1),
+        "square": square,
+        "count": x.shape[1] * one,
+        "weight": weight,
+        "turns": one,
+        "energy": square * weight,
+    }
+    if reading.mutual:  # a place adds q·k to the score of every pair: places alone are known
+        return {name: jnp.sum(each, 0, keepdims=True) for name, each in found.items()}
+    return found
+
+
+def spread(taken: Mapping[str, Any]) -> Any:
+    """Returns the sum of squares about the mean, by the square of what reads: as ``energy``."""
+    mean = np.square(taken["sum"]) / taken["count"]
+    return np.maximum(taken["square"] - mean, 0) * taken["weight"] / taken["turns"]
+
+
+def _real(x: Any) -> jax.Array:
+    """|x| in float32."""
+    return jnp.abs(x).astype(jnp.float32)
 
 
 def _channels(reading: Reading, x: Any, kernel: Any) -> tuple[jax.Array, jax.Array]:
@@ -232,6 +275,6 @@ def _channels(reading: Reading, x: Any, kernel: Any) -> tuple[jax.Array, jax.Arr
     numbers = reading.eqn.params[-1]["dimension_numbers"]
     x = jnp.moveaxis(x, numbers.lhs_spec[1], -1)
     kernel = jnp.transpose(kernel, numbers.rhs_spec)
-    grouped = kernel.reshape(reading.groups, -1, *kernel.shape[1:]).astype(jnp.float32)
+    grouped = _real(kernel.reshape(reading.groups, -1, *kernel.shape[1:]))
     weight = jnp.sum(jnp.square(grouped), (1, *range(3, grouped.ndim))).reshape(1, -1)
     return x.reshape(1, -1, x.shape[-1]), weight

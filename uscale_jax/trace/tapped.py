@@ -35,7 +35,8 @@ def run(
     """Returns the outputs of a program on ``args``, and what was taken.
 
     ``stacked`` are pairs of a tap and a scan, by visits: over its turns this tap is not added up.
-    Taps within primitives that are run as they are (``shard_map``, solvers) take nothing.
+    Taps within primitives that are run as they are (``shard_map``, solvers), and in the conditions
+    of ``while`` loops, take nothing.
     """
     return _Run(taps, frozenset(stacked)).closed(closed, args, 0)
 
