@@ -118,6 +118,9 @@ def _apart(fits: Sequence[_Fit]) -> list[_Fit]:
     for fit in fits:
         by_leaf.setdefault(fit.part.leaf, []).append(fit)
     for own in by_leaf.values():
+        if len(own) == 1:
+            found += own
+            continue
         elements = [np.unique(fit.part.big) for fit in own]
         overlap = sum(map(len, elements)) > len(np.unique(np.concatenate(elements)))
         found += _by_column(own) if overlap else own
