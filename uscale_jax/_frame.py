@@ -60,7 +60,8 @@ def scale_optimizer(
     **Shrinking.**  For the small model's parameters, of a plan with chosen units (:func:`select`)
     or any other, ``tx`` is the big model's optimizer, and everything is the other way round: the
     learning rate of Adam is α·k for what sums over an axis that became k times smaller, decoupled
-    decay λ/k.  Shapes say which of the two it is.
+    decay λ/k.  Shapes say which of the two it is.  Nothing is tried there, and what takes norms or
+    means over elements (LAMB, clipping) takes them over those of the small model.
 
     Nothing is looked up: at first use the optimizer is tried on small stand-ins for the two models
     of the plan, and where its update on copies is not the copies of its update, constants are

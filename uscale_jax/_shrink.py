@@ -49,9 +49,9 @@ def shrink(
     .. math:: \min_\Delta \lVert X_S \Delta - X_G W_G \rVert^2 + \lambda \lVert \Delta \rVert^2
 
     with X what it reads in the big model, S the units that stay, and G those that go.
-    :func:`verify` measures what has changed.  Without data (``"magnitude"``, numbers of your own
-    that know of none) the result is a start for training and no usable model, which a warning
-    says with the measured change of the outputs.
+    :func:`verify` measures what has changed.  Without data (``"magnitude"``, ``"random"``) the
+    result is a start for training and no usable model, which a :class:`UnitScaleShrinkWarning`
+    says with the measured change of the outputs; of numbers of your own nothing is known.
 
     Args:
       params: the big model's parameters; arrays, traced ones too (without refitting).
