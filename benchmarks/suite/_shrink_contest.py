@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -83,13 +83,17 @@ class Size:
     """Batches that importance is measured on."""
     multiples: int | None = None
     """Of sizes; None for the library's choice."""
+    widths: Mapping[float, int] = field(default_factory=dict)
+    """Of what runs through all layers, by share; where there is none, all axes shrink alike."""
+    recovery_rates: Mapping[str, float] = field(default_factory=dict)
+    """Of a recovery by its loss, relative to ``rate``."""
     rows: tuple[Row, ...] = ROWS
     final: float = 0.05
     """Where a cosine ends, relative to the learning rate."""
 
     def small(self, share: float) -> ModelConfig:
         """Return the sizes of a small model."""
-        return shrinking.under_budget(self.big, share, self.multiples)
+        return shrinking.under_budget(self.big, share, self.multiples, self.widths.get(share))
 
     def recovery(self, length: float) -> int:
         """Return the steps of a recovery: whole chunks."""
@@ -180,9 +184,9 @@ class Contest:
         else:
             run = Run(small, start, self._recovery_text(), curve, wrap)
         first, steps = curve.chunks * size.recovery_chunk, size.recovery(row.length)
-        schedule = training.cosine(
-            size.rate, size.recovery_warm_up, first, first + steps, size.final
-        )
+        rate = size.rate * size.recovery_rates.get(row.loss, 1.0)
+        last = first + steps
+        schedule = training.cosine(rate, size.recovery_warm_up, first, last, size.final)
         run = self._advance(run, steps, schedule, f"{row.method}, {row.loss}")
         return {"row": asdict(row), **self._curve(run)}
 

@@ -24,7 +24,7 @@ from benchmarks.suite.minilm import apply_of
 from benchmarks.training import Params
 
 PREFIX = "minilm"
-METHODS = ("random", "magnitude", "activation", "variance", "wanda", "reconstruction")
+METHODS = ("random", "magnitude", "activation", "variance", "wanda", "merging", "reconstruction")
 LIBRARY = "reconstruction"
 REFIT = "activation, refit"
 DEPTH = f"{PREFIX}: layers"

@@ -24,6 +24,8 @@ ModelConfig: TypeAlias = TransformerConfig | LSTMConfig
 
 # Sizes that all differ, so that no two dimensions are taken for one.
 TRACED = jax.ShapeDtypeStruct((3, 11), jnp.int32)
+WIDTH = "embed/embedding[1]"
+"""A place of the axis that runs through all layers."""
 
 
 # Sizes
@@ -35,13 +37,18 @@ def parameters(config: ModelConfig) -> int:
 
 
 @cache
-def under_budget(big: ModelConfig, share: float, multiples: int | None) -> ModelConfig:
+def under_budget(
+    big: ModelConfig, share: float, multiples: int | None, width: int | None = None
+) -> ModelConfig:
     """Return the sizes of a model with at most ``share`` of the parameters.
 
-    This is the only place where sizes are chosen.
+    With the ``width`` of what runs through all layers given, the rest is found to fit.
     """
     model = training.language_model(big)
-    found = us.budget(model.apply, training.shapes(big), TRACED, params=share, multiples=multiples)
+    limits = None if width is None else {WIDTH: width}
+    found = us.budget(
+        model.apply, training.shapes(big), TRACED, params=share, multiples=multiples, limits=limits
+    )
     return _config(big, found.shapes)
 
 
