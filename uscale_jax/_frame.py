@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from uscale_jax._optimizer_probe import Report, Response, Trial
 from uscale_jax._places import fitting, is_absent, kept_otherwise
 from uscale_jax._plan import Plan
 from uscale_jax._powers import Scale, mapped
+from uscale_jax._transfer import Transfer
 from uscale_jax._types import Key, Tree
+
+_Of: TypeAlias = "Callable[[Tree], _Frame]"
 
 
 class UnitScaleFrameWarning(UserWarning):
@@ -25,7 +28,7 @@ class UnitScaleFrameWarning(UserWarning):
 
 
 def scale_optimizer(
-    tx: optax.GradientTransformation, plan: Plan, *, check: bool = True
+    tx: optax.GradientTransformation, plan: Plan | Transfer, *, check: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns an optimizer under which the big model of a plan trains as the small one would.
 
@@ -63,6 +66,10 @@ def scale_optimizer(
     decay λ/k.  Shapes say which of the two it is.  Nothing is tried there, and what takes norms or
     means over elements (LAMB, clipping) takes them over those of the small model.
 
+    **Transfer.**  With what :func:`transfer` returned in place of a plan, a fresh target model is
+    trained with the learning rates, ε and decay of the rule: Adam sees gradients over the factor of
+    ε, parameters times that of decay, and its update takes that of the learning rate.
+
     Nothing is looked up: at first use the optimizer is tried on small stand-ins for the two models
     of the plan, and where its update on copies is not the copies of its update, constants are
     divided out, and the rest is said in a :class:`UnitScaleFrameWarning`.
@@ -70,7 +77,7 @@ def scale_optimizer(
     Args:
       tx: the optimizer of the small model (to shrink: of the big one), unchanged: anything of
         optax, chains, your own.
-      plan: what :func:`plan` returned, or ``Plan.from_json``.
+      plan: what :func:`plan` returned, or ``Plan.from_json``; or what :func:`transfer` returned.
       check: try the optimizer on stand-ins.  Without it nothing is divided out either.
 
     Returns:
@@ -118,17 +125,7 @@ def scale_optimizer(
       of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.
     """
     inner = optax.with_extra_args_support(tx)
-    grown = _Frame(plan, _Corrections(inner, plan, check))
-
-    @cache
-    def shrunk() -> _Frame:
-        # Units that are gone are no copies: there is nothing to try the optimizer on.
-        back = inverse(plan)
-        return _Frame(back, _Corrections(inner, back, check=False))
-
-    def frame(tree: Tree) -> _Frame:
-        keys, leaves, _ = _tree.flatten_named(tree, is_leaf=is_absent)
-        return shrunk() if is_of_small(plan, keys, leaves) else grown
+    frame = _transferred(inner, plan) if isinstance(plan, Transfer) else _either(inner, plan, check)
 
     def init(params: Tree) -> optax.OptState:
         plan, scales, corrections = frame(params)
@@ -155,12 +152,41 @@ def scale_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _transferred(inner: optax.GradientTransformationExtraArgs, rule: Transfer) -> _Of:
+    """A fresh model holds no copies: there is nothing to try the optimizer on."""
+    one = _Frame(rule.plan, _Corrections(inner, rule.plan, check=False), rule.scales())
+    return lambda tree: one
+
+
+def _either(inner: optax.GradientTransformationExtraArgs, plan: Plan, check: bool) -> _Of:
+    """The direction that a tree's shapes are of."""
+    grown = _Frame(plan, _Corrections(inner, plan, check))
+
+    @cache
+    def shrunk() -> _Frame:
+        # Units that are gone are no copies either.
+        back = inverse(plan)
+        return _Frame(back, _Corrections(inner, back, check=False))
+
+    def frame(tree: Tree) -> _Frame:
+        keys, leaves, _ = _tree.flatten_named(tree, is_leaf=is_absent)
+        return shrunk() if is_of_small(plan, keys, leaves) else grown
+
+    return frame
+
+
 class _Frame:
     """One direction: the plan to the model that is trained, and what its leaves take."""
 
-    def __init__(self, plan: Plan, corrections: _Corrections) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        corrections: _Corrections,
+        scales: Mapping[Key, Scale] | None = None,
+    ) -> None:
         self.plan, self.corrections = plan, corrections
-        self.scales = {leaf.key: Scale.of(leaf) for leaf in plan.leaves.values()}
+        own = {leaf.key: Scale.of(leaf) for leaf in plan.leaves.values()}
+        self.scales = own if scales is None else scales
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.plan, self.scales, self.corrections))

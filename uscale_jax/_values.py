@@ -29,7 +29,8 @@ def scale_params(
         as they are because scaling changes no shape.
       k: a positive finite scalar (Python, NumPy or JAX; traced values are allowed), or a tree
         prefix of them.  A prefix fits by name, so a plain dict may describe an ``nnx.State``;
-        every leaf must be covered.
+        every leaf must be covered.  In a tree, a NumPy array with as many dimensions as its leaf,
+        of sizes that broadcast, scales parts of the leaf unlike: ``Plan.factors`` of fused kernels.
       where: chooses the leaves to scale, ``where(name, leaf) -> bool`` with names such as
         ``'params/Dense_0/kernel'``; all floating leaves by default.
       exponents: a real number, or a tree prefix of them: the power of ``k`` each leaf takes, 1 by
@@ -65,7 +66,11 @@ def scale_params(
     """
     leaves, treedef = jax.tree.flatten(params)
     factors, chosen = _plan(params, leaves, k, where, exponents)
-    scaled = list(leaves)
+    arrays = {i: factors[i] for i in chosen if _is_array(factors[i])}
+    chosen = [i for i in chosen if i not in arrays]
+    scaled = [
+        _by_element(x, arrays[i], params, i) if i in arrays else x for i, x in enumerate(leaves)
+    ]
     lost: dict[int, str] = {}
     for places in _by_device(leaves, chosen):
         out, complaints = _run(_at(places, leaves), _at(places, factors))
@@ -158,7 +163,11 @@ def _factors_per_leaf(
     if keys is None:
         return [_factors.check_factor(k)] * n
     ks = _tree.broadcast_prefix(k, params, keys, what="k")
-    checked = {id(one): _check_entry(one, key, k) for one, key in zip(ks, keys, strict=True)}
+    shapes = [np.shape(leaf) if hasattr(leaf, "shape") else () for leaf in jax.tree.leaves(params)]
+    checked = {
+        id(one): _check_entry(one, key, k, shape)
+        for one, key, shape in zip(ks, keys, shapes, strict=True)
+    }
     factors = [checked[id(one)] for one in ks]
     if exponents is None:
         return factors
@@ -169,8 +178,29 @@ def _factors_per_leaf(
     ]
 
 
-def _check_entry(one: Any, key: Key, k: Any) -> Factor:
-    return _factors.check_factor(one, "k" if one is k else f"k (for leaf {_tree.name(key)!r})")
+def _check_entry(one: Any, key: Key, k: Any, shape: tuple[int, ...]) -> Factor:
+    what = "k" if one is k else f"k (for leaf {_tree.name(key)!r})"
+    if one is not k and _is_array(one) and one.ndim == len(shape):
+        for value in (one.min(), one.max()):
+            _factors.check_factor(value, what)
+        if all(n in (1, size) for n, size in zip(one.shape, shape, strict=True)):
+            return one
+    return _factors.check_factor(one, what)
+
+
+def _is_array(k: Any) -> bool:
+    return isinstance(k, np.ndarray) and k.ndim > 0
+
+
+def _by_element(leaf: Any, k: Any, params: Tree, place: int) -> jax.Array:
+    """A leaf times an array."""
+    scaled = _factors.multiply(jax.numpy.asarray(leaf), jax.numpy.asarray(k))
+    if not _jax.is_traced(scaled):
+        before, after = (int(jax.numpy.isfinite(x).sum()) for x in (leaf, scaled))
+        if after < before:
+            keys, leaves = _keys(params), jax.tree.leaves(params)
+            _overflow.refuse(keys, leaves, [k.max()] * len(leaves), {place: "overflows"})
+    return scaled
 
 
 def _check_exponent(exponent: Any, key: Key) -> float:

@@ -30,7 +30,10 @@ class View(NamedTuple):
         no element of the leaf, or a leaf's several times.
         """
         shape = [size[program] for size in value.shape]
-        places = np.arange(math.prod(shape)).reshape(shape)
+        return self.follow(np.arange(math.prod(shape)).reshape(shape), program)
+
+    def follow(self, places: Places, program: int) -> Places | None:
+        """Return what becomes of an array of the leaf's shape, with the steps of scans first."""
         lead = 0
         for eqn, out in self.steps:
             if eqn.name == "loop_slice":
@@ -52,6 +55,11 @@ def views(program: Program, count: int) -> dict[int, View]:
             for i, value in enumerate(eqn.outputs):
                 found[id(value)] = View(known.leaf, (*known.steps, (eqn, i)))
     return found
+
+
+def is_layout(name: str) -> bool:
+    """Returns whether a primitive only lays out what it is given."""
+    return name in _LAYOUTS
 
 
 class _At(NamedTuple):

@@ -1,0 +1,421 @@
+"""transfer: initial values, learning rates, ε and decay of a large model, from those of a small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from uscale_jax import _transfer_facts, _transfer_rules, _tree
+from uscale_jax._places import fitting
+from uscale_jax._plan import Plan, number_words
+from uscale_jax._powers import Scale, is_scaled, times
+from uscale_jax._table import table
+from uscale_jax._transfer_rules import HIDDEN, Factor, Factors, Facts, Named, Schedule
+from uscale_jax._types import Apply, Key, Tree
+from uscale_jax.trace.uses import FREE, SUMMED
+
+
+@dataclass(frozen=True, eq=False)
+class LeafTransfer:
+    """What one leaf of the target model takes, relative to the base model."""
+
+    name: str
+    key: Key
+    facts: Facts
+    """Its role, its fans, and what growth by copies says of it."""
+    factors: Factors
+    """Of the rule: multiplier, initial standard deviation, learning rate of Adam, ε, decay."""
+    learning_rate: Factor
+    """Of the optimizer that was named."""
+    init: Factor
+    """What the target's own initial values are multiplied by."""
+    why: str
+    """How the leaf is used, and the line of the model where it is."""
+    dims: tuple[str, ...] = ()
+    """What products do along its dimensions: "summed", "free", or "shared" by both operands."""
+
+    @property
+    def role(self) -> str:
+        """Return ``"hidden"``, ``"output"``, ``"input"``, ``"vector"``, or ``"fixed"``."""
+        return self.facts.role
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """A rule of hyper-parameter transfer, worked out for every leaf; ``print`` shows it."""
+
+    rule: str
+    optimizer: str
+    plan: Plan
+    leaves: Mapping[str, LeafTransfer]
+    """By name, in the order of the target model's tree."""
+    notes: tuple[str, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def init(self) -> Tree:
+        """Return what to multiply the target's own initial values by, leaf by leaf."""
+        return self._tree(lambda leaf: leaf.init)
+
+    @property
+    def learning_rate(self) -> Tree:
+        """Return the factors of the named optimizer's learning rate."""
+        return self._tree(lambda leaf: leaf.learning_rate)
+
+    @property
+    def epsilon(self) -> Tree:
+        """Return the factors of ε."""
+        return self._tree(lambda leaf: leaf.factors.eps)
+
+    @property
+    def weight_decay(self) -> Tree:
+        """Return the factors of decay per unit of learning rate."""
+        return self._tree(lambda leaf: leaf.factors.weight_decay)
+
+    @property
+    def multipliers(self) -> Tree:
+        """Return by what the model is to multiply every leaf before it reads it."""
+        return self._tree(lambda leaf: leaf.factors.multiplier)
+
+    @property
+    def muon_dimension_numbers(self) -> Tree:
+        """Return what ``optax.contrib.muon`` orthogonalises: hidden kernels, dimensions named.
+
+        Elsewhere None, which leaves a leaf to Adam.
+        """
+        return self._tree(_muon_dimensions)
+
+    def start(self, params: Tree) -> Tree:
+        """Return the target's own initial values as the rule has them start.
+
+        That is ``us.scale_params(params, rule.init)``, but for leaves that the model reads as
+        c + leaf, which become B·(c + leaf) − c.
+        """
+        keys, leaves, treedef = _tree.flatten_named(params)
+        own = {leaf.key: leaf for leaf in self.leaves.values()}
+        owners = fitting(self.plan, keys, leaves)
+        found = [
+            times(x, _terms(own[owner.key].init), owner.shift)
+            if owner is not None and is_scaled(x)
+            else x
+            for x, owner in zip(leaves, owners, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, found)
+
+    def apply(self, apply: Apply) -> Apply:
+        """Return the model with the multipliers of the rule: ``apply(A·params, *inputs)``."""
+        from uscale_jax._values import scale_params
+
+        def multiplied(params: Tree, *inputs: Any) -> Any:
+            return apply(scale_params(params, self.multipliers), *inputs)
+
+        return multiplied
+
+    def beta(self, beta: float) -> float:
+        """Return Adam's β₁ or β₂ for the batch and the duration: 1 − (1 − β)·batch/tokens."""
+        return self.schedule.beta(beta)
+
+    def scales(self) -> Mapping[Key, Scale]:
+        """Return the frame that the optimizer runs in (:func:`scale_optimizer`)."""
+        return {leaf.key: self._scale(leaf) for leaf in self.leaves.values()}
+
+    def _scale(self, leaf: LeafTransfer) -> Scale:
+        family = _transfer_rules.OPTIMIZERS[self.optimizer]
+        gradients = 1 / leaf.factors.eps if not family.q else 1.0
+        out = leaf.learning_rate / gradients if family.p else leaf.learning_rate
+        # Adam's decay is the rule's; others keep what decays in a step.
+        decay = leaf.factors.lr * leaf.factors.weight_decay / out if not family.q else 1.0
+        shift = self.plan.leaves[leaf.name].shift
+        return Scale(_terms(decay), _terms(gradients), _terms(out), shift)
+
+    def _tree(self, of: Callable[[LeafTransfer], Any]) -> Tree:
+        return self.plan.unflatten([of(leaf) for leaf in self.leaves.values()])
+
+    def __str__(self) -> str:
+        """Return a table of leaves with their factors and why, the rule's source, and notes."""
+        rule = _transfer_rules.RULES[self.rule]
+        head = f"{self.rule}: {rule.says} ({rule.source}), {self.optimizer}"
+        return "\n\n".join([head, _table(self), *(["\n".join(self.notes)] if self.notes else [])])
+
+
+def _terms(x: Factor) -> tuple[Any, ...]:
+    if np.ndim(x) == 0:
+        return () if x == 1 else (float(x),)
+    return (np.asarray(x),)
+
+
+def _muon_dimensions(leaf: LeafTransfer) -> Any:
+    if leaf.role != HIDDEN:
+        return None
+    summed, free = (
+        tuple(i for i, kind in enumerate(leaf.dims) if kind == each) for each in (SUMMED, FREE)
+    )
+    return optax.contrib.MuonDimensionNumbers(summed, free) if summed and free else None
+
+
+def _table(rule: Transfer) -> str:
+    header = ("leaf", "role", "fan_in", "fan_out", "init", "lr", "ε", "decay")
+    apart = any(np.any(np.asarray(x.factors.multiplier) != 1) for x in rule.leaves.values())
+    rows = []
+    for leaf in rule.leaves.values():
+        each = (leaf.init, leaf.learning_rate, leaf.factors.eps, leaf.factors.weight_decay)
+        more = (leaf.factors.multiplier,) if apart else ()
+        fans = (leaf.facts.fan_in, leaf.facts.fan_out)
+        rows.append(
+            (
+                leaf.name,
+                leaf.role,
+                *(str(a) if a == b else f"{a} → {b}" for a, b in fans),
+                *map(number_words, (*each, *more)),
+                leaf.why,
+            )
+        )
+    return table((*header, *(("multiplier",) if apart else ()), "why"), rows)
+
+
+def transfer(
+    plan: Plan,
+    rule: str = "mup",
+    *,
+    optimizer: str = "adam",
+    initial: tuple[Tree, Tree] | None = None,
+    batch: float = 1.0,
+    tokens: float = 1.0,
+) -> Transfer:
+    r"""Returns how the hyper-parameters of a small model become those of a large one.
+
+    Tune learning rate, ε and weight decay on the small model of a plan, the base, and train the
+    large one, the target, from scratch with the factors that a rule gives its leaves.  What kind
+    a leaf is (hidden, output, input, vector) is read off the traced programs: which of its axes
+    grow, and which of those products sum over.  Neither names nor numbers of dimensions matter.
+
+    With r_in, r_out by how much fan-in and fan-out grow, m the factor of growth by copies
+    (:func:`plan`; 1/r_in where products sum over inputs that grew, and what constants in the model
+    call for) and n of how many elements each becomes, ``"mup"`` is
+
+    .. math::
+      \sigma' = \sigma\, m \sqrt{r_{\mathrm{in}}}\ \text{(hidden)},\quad
+      \sigma' = \sigma\, m\ \text{(else)},\qquad
+      \alpha' = m\,\alpha,\quad \varepsilon' = \frac{\varepsilon}{m n},\quad
+      \lambda' = \frac{\lambda}{m}
+
+    so that the factors of learning rate, ε and decay are those under which a grown model follows
+    the small one step by step.  Where heads grow, m holds the 1/d of attention scores, whatever
+    power of d the model divides them by.
+
+    ==========================  ===================================================================
+    ``"mup"``                   Table 3 of Tensor Programs V: nothing to change in the model
+    ``"mup_multipliers"``       its Table 8: readouts keep scale and rate, behind a multiplier of
+                                1/r_in (``Transfer.apply``)
+    ``"u_mup"``                 weights of scale 1 behind multipliers of 1/√fan_in, 1/fan_in for
+                                readouts; looked-up tables learn with 1/√d.  Factors are the
+                                target's own: the base takes them too, ``us.transfer(us.plan(base,
+                                ..., base, ...), "u_mup")``
+    ``"depth_mup"``             residual branches of L^-½, learning rates L^-½ in them
+    ``"completep"``             residual branches of 1/L, learning rates unchanged;
+    ``"completep_multipliers"`` the latter in multipliers.  All three need ``plan(..., depth=)``
+    ``"spectral"``              the norms of fresh matrices and of updates are √(fan_out/fan_in)
+    ``"standard"``              variances of 1/fan_in, one learning rate: what the others improve on
+    ``"standard_lr"``           the same with 1/r_in (full alignment) or, ``"standard_lr_none"``,
+                                1/√r_in (no alignment) on what sums over inputs that grew
+    ==========================  ===================================================================
+
+    **What is not agreed on.**  ε of embeddings: CompleteP leaves it, Complete(d)P divides it by
+    the width, as gradients do; so it is here.  Decay: α·λ is kept, as Wang & Aitchison find best
+    and CompleteP does; Kosson et al. (arXiv:2510.19093) take that for the very reason why rates
+    transfer, arXiv:2510.15262 has λ grow by √r instead.  Whether μP or standard initialisation
+    with learning rates per layer ends lower: Everett et al. find the latter.  The default is μP,
+    for its factors are those of growth, which is exact.
+
+    Args:
+      plan: what :func:`plan` returned, for the base and the target model; shapes are enough.
+      rule: one of the above.
+      optimizer: ``"adam"`` (and all whose updates do not know how large gradients are: RMSProp,
+        Adagrad), ``"lion"``, ``"sgd"``, ``"adafactor"`` (and all whose updates are as large as
+        weights: LAMB, LARS), ``"muon"``, ``"muon_rms"`` (with ``consistent_rms``).
+      initial: initial values of the base and of the target, whose standard deviations are
+        compared.  Without it kernels are taken to start with variances of 1/fan_in and all else
+        alike, which is what Flax's layers do, but for ``Embed`` (1/features).
+      batch: by how much the batch grows.
+      tokens: by how much the tokens of the whole training grow.  Learning rates and decay take
+        √(batch/tokens), ε its inverse, and β ``Transfer.beta`` (Complete(d)P; of Adam and Lion).
+
+    Returns:
+      A :class:`Transfer`: trees of factors like the target's parameters (``init``,
+      ``learning_rate``, ``epsilon``, ``weight_decay``, ``multipliers``), and for
+      ``print`` a table with the reason for each.  ``us.scale_params(target_init, rule.init)`` and
+      ``us.scale_optimizer(tx, rule)`` apply it; rules with multipliers need
+      ``rule.apply(apply)`` too.
+
+    Raises:
+      ValueError: no such rule or optimizer; the plan was read from JSON; ``initial`` is of other
+        models; a rule of depth for a plan whose new layers are no identities, which tell where
+        residual branches end.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import uscale_jax as us
+      >>> def apply(params, x):
+      ...     return jnp.tanh(jnp.tanh(x @ params["in"]) @ params["mid"]) @ params["out"]
+      >>> f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+      >>> shapes = lambda n: {"in": f32(5, n), "mid": f32(n, n), "out": f32(n, 3)}
+      >>> rule = us.transfer(us.plan(apply, shapes(8), apply, shapes(32), f32(2, 5)))
+      >>> rule.learning_rate
+      {'in': 1.0, 'mid': 0.25, 'out': 0.25}
+      >>> tx = us.scale_optimizer(optax.adamw(1e-3), rule)
+
+    References:
+      Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Tables 3 and 8; *Tensor Programs
+      VI*, 2023 (arXiv:2310.02244); Blake et al., *u-μP*, 2024 (arXiv:2407.17465), Table 2; Dey et
+      al., *CompleteP*, 2025 (arXiv:2505.01618), Table 1; Yang et al., *A Spectral Condition for
+      Feature Learning*, 2023 (arXiv:2310.17813); Everett et al., *Scaling Exponents Across
+      Parameterizations and Optimizers*, 2024 (arXiv:2407.05872); Wang & Aitchison, 2024
+      (arXiv:2405.13698); *Complete(d)P*, 2025 (arXiv:2512.22382).
+    """
+    named = _named(rule, optimizer)
+    schedule = _schedule(batch, tokens, optimizer)
+    model = _transfer_facts.facts(plan)
+    _check_depth(rule, named, model)
+    starts = None if initial is None else _Starts(plan, *initial)
+    leaves = [_leaf(known, named, optimizer, schedule, starts) for known in model.leaves]
+    return Transfer(
+        rule=rule,
+        optimizer=optimizer,
+        plan=plan,
+        leaves={leaf.name: leaf for leaf in leaves},
+        notes=(*model.notes, *_notes(named, model, starts, leaves)),
+        schedule=schedule,
+    )
+
+
+def _named(rule: str, optimizer: str) -> Named:
+    for what, name, known in (
+        ("rule", rule, _transfer_rules.RULES),
+        ("optimizer", optimizer, _transfer_rules.OPTIMIZERS),
+    ):
+        if name not in known:
+            raise ValueError(
+                f"{what} is {name!r}. Expected: one of {', '.join(map(repr, known))}. Fix: name "
+                "the one that is meant."
+            )
+    return _transfer_rules.RULES[rule]
+
+
+def _schedule(batch: float, tokens: float, optimizer: str) -> Schedule:
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        if not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise ValueError(
+                f"{name} is {value!r}. Expected: by how much it grows, a positive number. Fix: "
+                f"{name}=2.0 for twice as much."
+            )
+    if (batch, tokens) != (1, 1) and optimizer not in ("adam", "lion"):
+        raise ValueError(
+            f"batch and tokens with optimizer={optimizer!r}: the rule for them is derived for "
+            "Adam. Expected: optimizer='adam'. Fix: leave them out, and tune the learning rate."
+        )
+    return Schedule(float(batch), float(tokens))
+
+
+def _check_depth(rule: str, named: Named, model: _transfer_facts.Model) -> None:
+    if named.deep and model.grows_in_depth and not model.branches:
+        raise ValueError(
+            f"rule {rule!r} scales residual branches, and where those end is not known: in this "
+            "plan new layers are not made identities. Expected: layers whose branches end with "
+            "kernels that silence them, as pre-norm blocks have. Fix: us.plan(..., depth=..., "
+            "new_layers='identity') says what is in the way; 'mup' is about width alone."
+        )
+
+
+class _Starts:
+    """Standard deviations of initial values, by key."""
+
+    def __init__(self, plan: Plan, base: Tree, target: Tree) -> None:
+        self.base, self.target = _deviations(base), _deviations(target)
+        for what, found, keys in (
+            ("base", self.base, plan.small_keys),
+            ("target", self.target, [leaf.key for leaf in plan.leaves.values()]),
+        ):
+            if set(found) != set(keys):
+                odd = sorted(map(_tree.name, set(found) ^ set(keys)))[:8]
+                raise ValueError(
+                    f"initial values of the {what} are not those of the plan's models: {odd}. "
+                    "Expected: initial=(parameters of the small model, of the big one). Fix: pass "
+                    "the trees that were initialised."
+                )
+
+
+def _deviations(tree: Tree) -> dict[Key, float]:
+    keys, leaves, _ = _tree.flatten_named(tree)
+    return dict(zip(keys, map(_deviation, leaves), strict=True))
+
+
+def _deviation(leaf: Any) -> float:
+    if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+        return 0.0
+    return float(np.std(np.asarray(leaf, np.float64)))
+
+
+def _leaf(
+    known: _transfer_facts.Known,
+    named: Named,
+    optimizer: str,
+    schedule: Schedule,
+    starts: _Starts | None,
+) -> LeafTransfer:
+    leaf, facts = known.leaf, known.facts
+    factors = named.rule(facts) if leaf.floating else Factors()
+    own = _starts_at(known, named.absolute, starts) if leaf.floating else 1.0
+    lr = _transfer_rules.OPTIMIZERS[optimizer].lr(facts, factors)
+    timed = schedule.of(factors) if leaf.floating else factors
+    return LeafTransfer(
+        name=leaf.name,
+        key=leaf.key,
+        facts=facts,
+        factors=timed,
+        learning_rate=lr * timed.lr / factors.lr,
+        init=factors.init / own,
+        why=known.why,
+        dims=known.dims,
+    )
+
+
+def _starts_at(known: _transfer_facts.Known, absolute: bool, starts: _Starts | None) -> float:
+    """The deviation that the target's own initial values have: its own, or by the base's."""
+    if starts is not None:
+        base, target = starts.base[known.leaf.source], starts.target[known.leaf.key]
+        if not base or not target:
+            return 1.0
+        return target if absolute else target / base
+    fan_in = known.facts.fan_in
+    return 1 / np.sqrt(fan_in.target) if absolute else 1 / np.sqrt(fan_in.ratio)
+
+
+def _notes(
+    named: Named,
+    model: _transfer_facts.Model,
+    starts: _Starts | None,
+    leaves: Sequence[LeafTransfer],
+) -> list[str]:
+    notes = []
+    pairs = zip(model.leaves, leaves, strict=True)
+    shifted = [x.name for known, x in pairs if known.leaf.shift and np.any(np.asarray(x.init) != 1)]
+    if shifted:
+        notes.append(
+            f"read as c + leaf, so that factors of init are of the sum: {', '.join(shifted)}; "
+            "rule.start(params) does that"
+        )
+    if model.grows_in_depth and not named.deep:
+        notes.append(
+            "there are more layers, of which this rule says nothing: 'depth_mup' and 'completep' do"
+        )
+    if starts is None:
+        notes.append(
+            "init: taken for granted that kernels start with variances of 1/fan_in, and all else "
+            "with the same in both; initial=(base, target) measures it"
+        )
+    return notes

@@ -1,0 +1,205 @@
+"""What the rules of transfer need to know of every leaf, read off the two programs of a plan."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from uscale_jax import _tree
+from uscale_jax._plan import LeafPlan, Plan
+from uscale_jax._planning import Remade, remade
+from uscale_jax._transfer_rules import (
+    FIXED,
+    HIDDEN,
+    INPUT,
+    OUTPUT,
+    VECTOR,
+    Factor,
+    Facts,
+    Fan,
+)
+from uscale_jax.trace import ratios
+from uscale_jax.trace.growth import leaf_growths, product
+from uscale_jax.trace.readings import readings
+from uscale_jax.trace.tracing import Traced
+from uscale_jax.trace.uses import Use, uses
+
+
+class Known(NamedTuple):
+    """A leaf of the target model."""
+
+    leaf: LeafPlan
+    facts: Facts
+    why: str
+    """How it is used, and where."""
+    dims: tuple[str, ...] = ()
+    """What products do along its dimensions."""
+
+
+class Model(NamedTuple):
+    """All leaves, and what is to be known of the whole."""
+
+    leaves: list[Known]
+    notes: tuple[str, ...]
+    grows_in_depth: bool
+    branches: bool
+    """Whether it is known what residual branches end with."""
+
+
+def facts(plan: Plan) -> Model:
+    """Returns what is known of the models of a plan.
+
+    Raises:
+      ValueError: the plan was read from JSON.
+    """
+    if plan.models is None:
+        raise ValueError(
+            "this plan was read from JSON, and does not know its models. Expected: the plan that "
+            "us.plan returned, for roles are read off the programs. Fix: make it anew."
+        )
+    made = remade(plan, plan.models)
+    own = _of_width(made.traced)
+    layers = _Layers(plan, made)
+    places = {key: i for i, key in enumerate(made.traced.keys)}
+    leaves = []
+    for leaf in plan.leaves.values():
+        found, why, dims = own.leaves[places[leaf.source]]
+        deep = found._replace(layers=layers.of(leaf), last=layers.ends(leaf))
+        leaves.append(Known(leaf, deep, why, dims))
+    notes = [*own.notes, *_met(made.traced, [known.facts for known in leaves])]
+    return Model(
+        leaves, tuple(notes), bool(layers.grown), any(known.facts.last for known in leaves)
+    )
+
+
+# Width
+
+
+class _Width(NamedTuple):
+    leaves: list[tuple[Facts, str, tuple[str, ...]]]
+    notes: list[str]
+
+
+def _of_width(traced: Traced) -> _Width:
+    """Facts of every leaf as if all layers were those of the small model."""
+    found, notes = [], []
+    try:
+        solution = ratios.by_size(traced)
+        factors: Sequence[Any] = [product(growth.factors) for growth in leaf_growths(solution)]
+    except ValueError as error:
+        factors = []
+        lines = "\n  ".join(str(error).splitlines())
+        notes.append(f"what constants in the model call for is not known, for {lines}")
+    values = traced.structure.program.inputs
+    for i, each in enumerate(uses(traced)):
+        shape = values[i].shape
+        n = math.prod(size[-1] / size[0] for size in shape if size[0])
+        found.append(_leaf(each, n, factors[i] if factors else None, bool(shape)))
+    return _Width(found, notes)
+
+
+def _leaf(
+    each: Sequence[Use], n: float, m: Factor | None, has_dims: bool
+) -> tuple[Facts, str, tuple[str, ...]]:
+    kinds = [_role(use) for use in each]
+    role, tied = _common(kinds), {INPUT, OUTPUT} <= set(kinds)
+    use = next((use for use, kind in zip(each, kinds, strict=True) if kind == role), None)
+    dims = next((use.dims for use in each if use.dims), ())
+    if use is None:
+        return Facts(FIXED, Fan(1, 1), Fan(1, 1), n), "nothing reads it", dims
+    fan_in, fan_out = Fan(*use.fan_in), Fan(*use.fan_out)
+    found = Facts(role, fan_in, fan_out, n, lookup=use.is_lookup)
+    if m is not None:
+        found = found._replace(gauge=_snapped(m * (fan_in.ratio if found.summed else 1.0)))
+    return found, _words(use, tied), dims
+
+
+def _role(use: Use) -> str:
+    grows_in, grows_out = use.fan_in[0] != use.fan_in[1], use.fan_out[0] != use.fan_out[1]
+    if use.is_product or use.is_lookup:
+        return {
+            (True, True): HIDDEN,
+            (True, False): OUTPUT,
+            (False, True): INPUT,
+            (False, False): FIXED,
+        }[grows_in, grows_out]
+    return VECTOR if grows_out else FIXED
+
+
+def _common(kinds: Sequence[str]) -> str:
+    """The role of a leaf with several uses: tied embeddings learn as what comes in."""
+    if {INPUT, OUTPUT} <= set(kinds):
+        return INPUT
+    return next((role for role in (HIDDEN, OUTPUT, INPUT, VECTOR) if role in kinds), FIXED)
+
+
+def _snapped(x: Factor) -> Factor:
+    """1 where rounding is all that is apart."""
+    values = np.where(np.abs(np.asarray(x) - 1) < 1e-9, 1.0, x)
+    return float(values) if values.ndim == 0 else values
+
+
+def _words(use: Use, tied: bool) -> str:
+    how = "looked up" if use.is_lookup else "summed over" if use.is_product else f"`{use.name}`"
+    if tied:
+        how = "looked up and summed over"
+    return how if use.source is None else f"{how} at {use.source}"
+
+
+# Depth
+
+
+class _Layers:
+    """Families of layers that grow, and what their residual branches end with."""
+
+    def __init__(self, plan: Plan, made: Remade) -> None:
+        families = () if made.deepened is None else made.deepened.families
+        self.grown: Mapping[str, Fan] = {f.name: Fan(f.small, f.big) for f in families}
+        # What new layers are silenced by is what the branches of all layers of the family end with.
+        zero = () if made.deepened is None else made.deepened.zero
+        self._last = {self._place(_tree.name(key)) for key in zero}
+
+    def of(self, leaf: LeafPlan) -> Fan:
+        """Return how many layers the family of a leaf has; 1 of what is in none."""
+        if leaf.layer_dim is not None:
+            return Fan(leaf.small[leaf.layer_dim], leaf.big[leaf.layer_dim])
+        return self.grown.get(self._place(leaf.name)[0], Fan(1, 1))
+
+    def ends(self, leaf: LeafPlan) -> bool:
+        """Return whether residual branches end with a leaf."""
+        return self._place(leaf.name) in self._last
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """The family that a leaf is of, and what it is called in its layer."""
+        for family in self.grown:
+            start, star, _ = family.partition("*")
+            if star and (found := re.match(re.escape(start) + r"\d+", name)):
+                return family, name[found.end() :]
+        return "", name
+
+
+# What two activations meet in
+
+
+def _met(traced: Traced, known: Sequence[Facts]) -> list[str]:
+    """Notes on products of two activations that sum over more: attention scores."""
+    found: dict[str, None] = {}
+    for reading in readings(traced):
+        if not reading.mutual or reading.side:
+            continue
+        small, big = (
+            math.prod(atom.size[i] for dim in reading.summed for atom in dim) for i in (0, -1)
+        )
+        if small != big:
+            found[f"at {reading.eqn.source} activations meet over {small} → {big}"] = None
+    carried = any(np.any(np.asarray(each.gauge) != 1) for each in known)
+    rest = (
+        "what their scores need beyond the model's own constants (μP's 1/d) is in the factors"
+        if carried
+        else "their scores need nothing beyond the model's own constants"
+    )
+    return [f"{text}: {rest}" for text in found]
