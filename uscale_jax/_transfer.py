@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from uscale_jax import _transfer_facts, _transfer_rules, _tree
+from uscale_jax import _transfer_facts, _transfer_rules, _transfer_shapes, _tree
 from uscale_jax._places import fitting
 from uscale_jax._plan import Plan, number_words
 from uscale_jax._powers import Scale, is_scaled, times
@@ -179,7 +179,7 @@ def _table(rule: Transfer) -> str:
 
 
 def transfer(
-    plan: Plan,
+    plan: Plan | tuple[Tree, Tree],
     rule: str = "mup",
     *,
     optimizer: str = "adam",
@@ -233,7 +233,9 @@ def transfer(
     for its factors are those of growth, which is exact.
 
     Args:
-      plan: what :func:`plan` returned, for the base and the target model; shapes are enough.
+      plan: what :func:`plan` returned, for the base and the target model; shapes are enough.  Or
+        two trees of parameters or shapes, ``(base, target)``, of kernels (..., inputs, outputs):
+        nothing is traced then, and what shapes do not tell is refused or said in a note.
       rule: one of the above.
       optimizer: ``"adam"`` (and all whose updates do not know how large gradients are: RMSProp,
         Adagrad), ``"lion"``, ``"sgd"``, ``"adafactor"`` (and all whose updates are as large as
@@ -279,7 +281,7 @@ def transfer(
     """
     named = _named(rule, optimizer)
     schedule = _schedule(batch, tokens, optimizer)
-    model = _transfer_facts.facts(plan)
+    plan, model = _read(plan, rule, named)
     _check_depth(rule, named, model)
     starts = None if initial is None else _Starts(plan, *initial)
     leaves = [_leaf(known, named, optimizer, schedule, starts) for known in model.leaves]
@@ -304,6 +306,20 @@ def _named(rule: str, optimizer: str) -> Named:
                 "the one that is meant."
             )
     return _transfer_rules.RULES[rule]
+
+
+def _read(
+    plan: Plan | tuple[Tree, Tree], rule: str, named: Named
+) -> tuple[Plan, _transfer_facts.Model]:
+    if isinstance(plan, Plan):
+        return plan, _transfer_facts.facts(plan)
+    if named.absolute or named.deep:
+        raise ValueError(
+            f"rule {rule!r} needs to know what is looked up and where residual branches end, which "
+            "shapes do not tell. Expected: a plan. Fix: us.transfer(us.plan(base_apply, base, "
+            f"target_apply, target, *inputs), {rule!r})."
+        )
+    return _transfer_shapes.facts(*plan)
 
 
 def _schedule(batch: float, tokens: float, optimizer: str) -> Schedule:

@@ -121,13 +121,15 @@ def _leaf(
 def _role(use: Use) -> str:
     grows_in, grows_out = use.fan_in[0] != use.fan_in[1], use.fan_out[0] != use.fan_out[1]
     if use.is_product or use.is_lookup:
-        return {
-            (True, True): HIDDEN,
-            (True, False): OUTPUT,
-            (False, True): INPUT,
-            (False, False): FIXED,
-        }[grows_in, grows_out]
+        return role_of(grows_in, grows_out)
     return VECTOR if grows_out else FIXED
+
+
+def role_of(grows_in: bool, grows_out: bool) -> str:
+    """Returns the role of a kernel."""
+    if grows_in:
+        return HIDDEN if grows_out else OUTPUT
+    return INPUT if grows_out else FIXED
 
 
 def _common(kinds: Sequence[str]) -> str:
