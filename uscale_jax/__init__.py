@@ -45,9 +45,9 @@ from uscale_jax._select import select as select
 from uscale_jax._shrink import UnitScaleShrinkWarning as UnitScaleShrinkWarning
 from uscale_jax._shrink import shrink as shrink
 from uscale_jax._state import resize_state as resize_state
-from uscale_jax._transfer import LeafTransfer as LeafTransfer
-from uscale_jax._transfer import Transfer as Transfer
 from uscale_jax._transfer import transfer as transfer
+from uscale_jax._transfer_result import LeafTransfer as LeafTransfer
+from uscale_jax._transfer_result import Transfer as Transfer
 from uscale_jax._values import scale_params as scale_params
 from uscale_jax._verify import Verification as Verification
 from uscale_jax._verify import verify as verify

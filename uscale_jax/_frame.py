@@ -17,7 +17,7 @@ from uscale_jax._optimizer_probe import Report, Response, Trial
 from uscale_jax._places import fitting, is_absent, kept_otherwise
 from uscale_jax._plan import Plan
 from uscale_jax._powers import Scale, mapped
-from uscale_jax._transfer import Transfer
+from uscale_jax._transfer_result import Transfer
 from uscale_jax._types import Key, Tree
 
 _Of: TypeAlias = "Callable[[Tree], _Frame]"

@@ -227,7 +227,11 @@ def _solved(traced: Traced, exact: bool) -> tuple[keep.Solution, tuple[str, ...]
         return _exactly(traced), ()
     except ValueError as error:
         why = str(error).splitlines()[0]
+    try:
         return ratios.by_size(traced), (f"not the same function, factors by size alone: {why}",)
+    except ValueError as error:
+        why = "; ".join(line.strip() for line in str(error).splitlines()[1:-1])
+        return ratios.by_use(traced), (f"not the same function, factors by use alone: {why}",)
 
 
 def _exactly(traced: Traced) -> keep.Solution:

@@ -40,10 +40,21 @@ class Known(NamedTuple):
     """What products do along its dimensions."""
 
 
+class Place(NamedTuple):
+    """An equation of the model whose result must be multiplied: no leaf can carry that."""
+
+    source: str
+    """The line of the model."""
+    factor: float
+    visit: int
+    """Which equation of the jaxpr it is; -1 where it cannot be told."""
+
+
 class Model(NamedTuple):
     """All leaves, and what is to be known of the whole."""
 
     leaves: list[Known]
+    places: tuple[Place, ...]
     notes: tuple[str, ...]
     grows_in_depth: bool
     branches: bool
@@ -64,16 +75,17 @@ def facts(plan: Plan) -> Model:
     made = remade(plan, plan.models)
     own = _of_width(made.traced)
     layers = _Layers(plan, made)
-    places = {key: i for i, key in enumerate(made.traced.keys)}
+    index = {key: i for i, key in enumerate(made.traced.keys)}
     leaves = []
     for leaf in plan.leaves.values():
-        found, why, dims = own.leaves[places[leaf.source]]
+        found, why, dims = own.leaves[index[leaf.source]]
         deep = found._replace(layers=layers.of(leaf), last=layers.ends(leaf))
         leaves.append(Known(leaf, deep, why, dims))
     notes = [*own.notes, *_met(made.traced, [known.facts for known in leaves])]
-    return Model(
-        leaves, tuple(notes), bool(layers.grown), any(known.facts.last for known in leaves)
-    )
+    # With layers cut out, equations are not those of the user's program.
+    places = [p if made.deepened is None else p._replace(visit=-1) for p in own.places]
+    branches = any(known.facts.last for known in leaves)
+    return Model(leaves, tuple(places), tuple(notes), bool(layers.grown), branches)
 
 
 # Width
@@ -81,30 +93,45 @@ def facts(plan: Plan) -> Model:
 
 class _Width(NamedTuple):
     leaves: list[tuple[Facts, str, tuple[str, ...]]]
+    places: list[Place]
     notes: list[str]
 
 
 def _of_width(traced: Traced) -> _Width:
     """Facts of every leaf as if all layers were those of the small model."""
-    found, notes = [], []
+    found, places, notes = [], [], []
     try:
         solution = ratios.by_size(traced)
         factors: Sequence[Any] = [product(growth.factors) for growth in leaf_growths(solution)]
     except ValueError as error:
         factors = []
-        lines = "\n  ".join(str(error).splitlines())
-        notes.append(f"what constants in the model call for is not known, for {lines}")
+        notes.append(f"constants in the model are left as they are: {_why(error)}")
     values = traced.structure.program.inputs
     for i, each in enumerate(uses(traced)):
         shape = values[i].shape
         n = math.prod(size[-1] / size[0] for size in shape if size[0])
-        found.append(_leaf(each, n, factors[i] if factors else None, bool(shape)))
-    return _Width(found, notes)
+        found.append(_leaf(each, n, factors[i] if factors else None))
+        places += [] if factors else _tied(each)
+    return _Width(found, places, notes)
 
 
-def _leaf(
-    each: Sequence[Use], n: float, m: Factor | None, has_dims: bool
-) -> tuple[Facts, str, tuple[str, ...]]:
+def _why(error: ValueError) -> str:
+    return "\n  ".join(str(error).splitlines()[:-1])
+
+
+def _tied(each: Sequence[Use]) -> list[Place]:
+    """Where a table that is looked up is summed over, and nothing else can take the 1/r."""
+    kinds = [_role(use) for use in each]
+    if not {INPUT, OUTPUT} <= set(kinds):
+        return []
+    return [
+        Place(str(use.source), 1 / Fan(*use.fan_in).ratio, use.visit)
+        for use, kind in zip(each, kinds, strict=True)
+        if kind == OUTPUT
+    ]
+
+
+def _leaf(each: Sequence[Use], n: float, m: Factor | None) -> tuple[Facts, str, tuple[str, ...]]:
     kinds = [_role(use) for use in each]
     role, tied = _common(kinds), {INPUT, OUTPUT} <= set(kinds)
     use = next((use for use, kind in zip(each, kinds, strict=True) if kind == role), None)

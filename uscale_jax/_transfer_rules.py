@@ -192,6 +192,8 @@ class Named(NamedTuple):
     """Whether factors are those of the target alone, and not relative to the base."""
     deep: bool = False
     """Whether it says anything of depth."""
+    plain: bool = False
+    """Whether readouts stay as they are."""
 
 
 _TP5 = "Yang et al., Tensor Programs V (arXiv:2203.03466)"
@@ -219,12 +221,20 @@ RULES: Mapping[str, Named] = {
         "norms of √(fan_out/fan_in)",
         "Yang et al., A Spectral Condition (arXiv:2310.17813)",
     ),
-    "standard": Named(standard, "variances of 1/fan_in, one learning rate", "common practice"),
+    "standard": Named(
+        standard, "variances of 1/fan_in, one learning rate", "common practice", plain=True
+    ),
     "standard_lr": Named(
-        _standard_lr(1.0), "standard, with a learning rate per layer, full alignment", _EVERETT
+        _standard_lr(1.0),
+        "standard, with a learning rate per layer, full alignment",
+        _EVERETT,
+        plain=True,
     ),
     "standard_lr_none": Named(
-        _standard_lr(0.5), "standard, with a learning rate per layer, no alignment", _EVERETT
+        _standard_lr(0.5),
+        "standard, with a learning rate per layer, no alignment",
+        _EVERETT,
+        plain=True,
     ),
 }
 

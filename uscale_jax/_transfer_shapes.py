@@ -46,7 +46,7 @@ def facts(base: Tree, target: Tree) -> Read:
         small_treedef=treedefs[0],
         small_keys=tuple(key for key, _, _ in pairs),
     )
-    return Read(plan, Model(leaves, (_NOTE,), grows_in_depth=False, branches=False))
+    return Read(plan, Model(leaves, (), (_NOTE,), grows_in_depth=False, branches=False))
 
 
 def _paired(base: Tree, target: Tree) -> tuple[list[tuple[Key, Any, Any]], tuple[Any, Any]]:

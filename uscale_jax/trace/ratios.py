@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 from uscale_jax import _tree
-from uscale_jax.trace import factors
+from uscale_jax.trace import affine, factors, linear
 from uscale_jax.trace.affine import ZERO, Expr
 from uscale_jax.trace.atoms import Atom, leaves, monomials
 from uscale_jax.trace.description import Labelled
@@ -38,6 +38,20 @@ def by_size(traced: Traced) -> Solution:
     names = [_tree.name(key) for key in traced.keys]
     system = factors.build(traced.structure, names, shifting=True)
     return Solution(traced, system, fulfilled(traced, system), _no_powers(traced))
+
+
+def by_use(traced: Traced) -> Solution:
+    """Returns the factors that every use of a leaf would have, though no factors keep the function.
+
+    Raises:
+      ValueError: an axis that is fixed has another size.
+    """
+    check_sizes(traced)
+    names = [_tree.name(key) for key in traced.keys]
+    system = factors.build(traced.structure, names, shifting=True)
+    found = linear.nearest([], system.wishes(), system.weights())
+    cells = [each_cell(leaf, lambda cell: affine.total(cell, found)) for leaf in system.leaf_cells]
+    return Solution(traced, system, cells, _no_powers(traced))
 
 
 def of_kept(traced: Traced, merged: Mapping[Atom, Merged]) -> Solution:
