@@ -19,6 +19,9 @@ from uscale_jax._budget import budget as budget
 from uscale_jax._chain_order import UnitScaleOrderWarning as UnitScaleOrderWarning
 from uscale_jax._clip import clip_by_global_norm as clip_by_global_norm
 from uscale_jax._compensate import compensate as compensate
+from uscale_jax._coordinate_report import CoordinateCheck as CoordinateCheck
+from uscale_jax._coordinates import Width as Width
+from uscale_jax._coordinates import coordinate_check as coordinate_check
 from uscale_jax._distill import distillation_loss as distillation_loss
 from uscale_jax._effective import EffectiveScale as EffectiveScale
 from uscale_jax._effective import Ratios as Ratios

@@ -11,7 +11,7 @@ import numpy as np
 from uscale_jax import _transfer_facts, _transfer_rules, _transfer_shapes, _tree
 from uscale_jax._plan import Plan
 from uscale_jax._transfer_result import LeafTransfer, Transfer
-from uscale_jax._transfer_rules import Factors, Named, Schedule
+from uscale_jax._transfer_rules import FIXED, Factors, Named, Schedule
 from uscale_jax._types import Key, Tree
 
 
@@ -50,9 +50,9 @@ def transfer(
     ``"mup_multipliers"``       its Table 8: readouts keep scale and rate, behind a multiplier of
                                 1/r_in (``Transfer.apply``)
     ``"u_mup"``                 weights of scale 1 behind multipliers of 1/√fan_in, 1/fan_in for
-                                readouts; looked-up tables learn with 1/√d.  Factors are the
-                                target's own: the base takes them too, ``us.transfer(us.plan(base,
-                                ..., base, ...), "u_mup")``
+                                readouts; looked-up tables learn with 1/√d.  Widths are the
+                                target's own: what is tuned is tuned with them too, on a plan from
+                                a model that is smaller still
     ``"depth_mup"``             residual branches of L^-½, learning rates L^-½ in them
     ``"completep"``             residual branches of 1/L, learning rates unchanged;
     ``"completep_multipliers"`` the latter in multipliers.  All three need ``plan(..., depth=)``
@@ -119,6 +119,7 @@ def transfer(
     named = _named(rule, optimizer)
     schedule = _schedule(batch, tokens, optimizer)
     plan, model = _read(plan, rule, named)
+    _check_growth(rule, named, model)
     _check_depth(rule, named, model)
     starts = None if initial is None else _Starts(plan, *initial)
     leaves = [_leaf(known, named, optimizer, schedule, starts) for known in model.leaves]
@@ -175,6 +176,15 @@ def _schedule(batch: float, tokens: float, optimizer: str) -> Schedule:
     return Schedule(float(batch), float(tokens))
 
 
+def _check_growth(rule: str, named: Named, model: _transfer_facts.Model) -> None:
+    if named.absolute and all(known.facts.role == FIXED for known in model.leaves):
+        raise ValueError(
+            f"rule {rule!r} goes by which axes grow, and none does from one model of the plan to "
+            "the other. Expected: a plan from a smaller model. Fix: us.plan(...) from any smaller "
+            "one: factors are of the larger one's widths alone."
+        )
+
+
 def _check_depth(rule: str, named: Named, model: _transfer_facts.Model) -> None:
     if named.deep and model.grows_in_depth and not model.branches:
         raise ValueError(
@@ -182,6 +192,12 @@ def _check_depth(rule: str, named: Named, model: _transfer_facts.Model) -> None:
             "plan new layers are not made identities. Expected: layers whose branches end with "
             "kernels that silence them, as pre-norm blocks have. Fix: us.plan(..., depth=..., "
             "new_layers='identity') says what is in the way; 'mup' is about width alone."
+        )
+    if named.deep and model.normed:
+        raise ValueError(
+            f"rule {rule!r} scales residual branches by what they end with, and a norm behind "
+            f"{', '.join(model.normed[:4])} takes that off again. Expected: branches that end "
+            "with kernels. Fix: multiply the branches in the model, and use 'mup'."
         )
 
 
@@ -224,14 +240,17 @@ def _leaf(
     leaf, facts = known.leaf, known.facts
     factors = named.rule(facts) if leaf.floating else Factors()
     own = _starts_at(known, named.absolute, starts) if leaf.floating else 1.0
-    lr = _transfer_rules.OPTIMIZERS[optimizer].lr(facts, factors)
+    family = _transfer_rules.OPTIMIZERS[optimizer]
     timed = schedule.of(factors) if leaf.floating else factors
+    lr = family.lr(facts, factors) * timed.lr / factors.lr
     return LeafTransfer(
         name=leaf.name,
         key=leaf.key,
         facts=facts,
         factors=timed,
-        learning_rate=lr * timed.lr / factors.lr,
+        learning_rate=lr,
+        # Where updates are as large as weights, so is what decays, whatever frame they are in.
+        weight_decay=1.0 if family.q else timed.lr * timed.weight_decay / lr,
         init=factors.init / own,
         why=known.why,
         dims=known.dims,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +23,13 @@ from uscale_jax._transfer_rules import (
     Fan,
 )
 from uscale_jax.trace import ratios
+from uscale_jax.trace.atoms import alternatives, monomials
+from uscale_jax.trace.description import Dims
 from uscale_jax.trace.growth import leaf_growths, product
+from uscale_jax.trace.layout import spread
 from uscale_jax.trace.readings import readings
 from uscale_jax.trace.tracing import Traced
-from uscale_jax.trace.uses import Use, uses
+from uscale_jax.trace.uses import SUMMED, Use, behind_norms, uses
 
 
 class Known(NamedTuple):
@@ -59,6 +62,8 @@ class Model(NamedTuple):
     grows_in_depth: bool
     branches: bool
     """Whether it is known what residual branches end with."""
+    normed: tuple[str, ...] = ()
+    """Leaves they end with that stand before a norm, and cannot scale them."""
 
 
 def facts(plan: Plan) -> Model:
@@ -85,7 +90,9 @@ def facts(plan: Plan) -> Model:
     # With layers cut out, equations are not those of the user's program.
     places = [p if made.deepened is None else p._replace(visit=-1) for p in own.places]
     branches = any(known.facts.last for known in leaves)
-    return Model(leaves, tuple(places), tuple(notes), bool(layers.grown), branches)
+    last = {index[known.leaf.source] for known in leaves if known.facts.last}
+    normed = [_tree.name(made.traced.keys[i]) for i in behind_norms(made.traced, last)]
+    return Model(leaves, tuple(places), tuple(notes), bool(layers.grown), branches, tuple(normed))
 
 
 # Width
@@ -108,9 +115,8 @@ def _of_width(traced: Traced) -> _Width:
         notes.append(f"constants in the model are left as they are: {_why(error)}")
     values = traced.structure.program.inputs
     for i, each in enumerate(uses(traced)):
-        shape = values[i].shape
-        n = math.prod(size[-1] / size[0] for size in shape if size[0])
-        found.append(_leaf(each, n, factors[i] if factors else None))
+        m = factors[i] if factors else None
+        found.append(_leaf(each, traced.structure.of(values[i]), m))
         places += [] if factors else _tied(each)
     return _Width(found, places, notes)
 
@@ -131,18 +137,44 @@ def _tied(each: Sequence[Use]) -> list[Place]:
     ]
 
 
-def _leaf(each: Sequence[Use], n: float, m: Factor | None) -> tuple[Facts, str, tuple[str, ...]]:
+def _leaf(each: Sequence[Use], leaf: Dims, m: Factor | None) -> tuple[Facts, str, tuple[str, ...]]:
     kinds = [_role(use) for use in each]
     role, tied = _common(kinds), {INPUT, OUTPUT} <= set(kinds)
     use = next((use for use, kind in zip(each, kinds, strict=True) if kind == role), None)
-    dims = next((use.dims for use in each if use.dims), ())
+    dims = next((use.dims for use in each if use.dims), None) or ()
+    n = _grown(leaf, range(len(leaf)))
     if use is None:
         return Facts(FIXED, Fan(1, 1), Fan(1, 1), n), "nothing reads it", dims
     fan_in, fan_out = Fan(*use.fan_in), Fan(*use.fan_out)
+    by_growth = 1.0 if m is None or np.ndim(m) else float(m)
+    if role in (VECTOR, INPUT) and use.may_sum and _grows_twice(leaf) and by_growth < 1:
+        # Products are not the only sums: growth says by how much what is summed over grew.
+        found = Facts(HIDDEN, Fan(1, 1 / by_growth), fan_out, n)
+        return found, f"{_words(use, tied)}, by growth a kernel", dims
+    parts = _grown(leaf, [i for i, kind in enumerate(use.dims or ()) if kind == SUMMED])
     found = Facts(role, fan_in, fan_out, n, lookup=use.is_lookup)
+    if np.ndim(parts):
+        found = found._replace(parts_in=parts)
     if m is not None:
-        found = found._replace(gauge=_snapped(m * (fan_in.ratio if found.summed else 1.0)))
+        found = found._replace(gauge=_snapped(m * found.r_in))
     return found, _words(use, tied), dims
+
+
+def _grows_twice(leaf: Dims) -> bool:
+    each = (np.asarray(_grown(leaf, [i])) for i in range(len(leaf)))
+    return sum(bool(np.any(ratio != 1)) for ratio in each) > 1
+
+
+def _grown(leaf: Dims, dims: Collection[int]) -> Factor:
+    """By how much a leaf grew along some dimensions: one number, or one for each of its parts."""
+    cells = np.ones([alternatives(dim) for dim in leaf])
+    for i in dims:
+        ratios = [
+            math.prod(atom.size[-1] / atom.size[0] for atom in cell if atom.size[0])
+            for cell in monomials(leaf[i])
+        ]
+        cells = cells * np.reshape(ratios, [-1 if j == i else 1 for j in range(len(leaf))])
+    return spread(cells, leaf, -1)
 
 
 def _role(use: Use) -> str:
@@ -225,7 +257,7 @@ def _met(traced: Traced, known: Sequence[Facts]) -> list[str]:
         )
         if small != big:
             found[f"at {reading.eqn.source} activations meet over {small} → {big}"] = None
-    carried = any(np.any(np.asarray(each.gauge) != 1) for each in known)
+    carried = any(x.role == HIDDEN and np.any(np.asarray(x.gauge) != 1) for x in known)
     rest = (
         "what their scores need beyond the model's own constants (μP's 1/d) is in the factors"
         if carried

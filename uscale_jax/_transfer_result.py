@@ -18,7 +18,6 @@ from uscale_jax._table import table
 from uscale_jax._transfer_facts import Place
 from uscale_jax._transfer_rules import HIDDEN, Factor, Factors, Facts, Schedule
 from uscale_jax._types import Apply, Key, Tree
-from uscale_jax._values import scale_params
 from uscale_jax.trace import multiplied
 from uscale_jax.trace.uses import FREE, SUMMED
 
@@ -35,6 +34,8 @@ class LeafTransfer:
     """Of the rule: multiplier, initial standard deviation, learning rate of Adam, ε, decay."""
     learning_rate: Factor
     """Of the optimizer that was named."""
+    weight_decay: Factor
+    """Of decay per unit of it: what decays in a step is the same for all optimizers."""
     init: Factor
     """What the target's own initial values are multiplied by."""
     why: str
@@ -80,8 +81,8 @@ class Transfer:
 
     @property
     def weight_decay(self) -> Tree:
-        """Return the factors of decay per unit of learning rate."""
-        return self._tree(lambda leaf: leaf.factors.weight_decay)
+        """Return the factors of decay per unit of the named optimizer's learning rate."""
+        return self._tree(lambda leaf: leaf.weight_decay)
 
     @property
     def multipliers(self) -> Tree:
@@ -102,11 +103,15 @@ class Transfer:
         That is ``us.scale_params(params, rule.init)``, but for leaves that the model reads as
         c + leaf, which become B·(c + leaf) − c.
         """
+        return self._times(params, lambda leaf: leaf.init)
+
+    def _times(self, params: Tree, of: Callable[[LeafTransfer], Factor]) -> Tree:
+        """The tree with factors on what the model reads: f·(c + leaf) − c."""
         keys, leaves, treedef = _tree.flatten_named(params)
-        own = {leaf.key: leaf for leaf in self.leaves.values()}
+        own = {leaf.key: _terms(of(leaf)) for leaf in self.leaves.values()}
         owners = fitting(self.plan, keys, leaves)
         found = [
-            times(x, _terms(own[owner.key].init), owner.shift)
+            times(jax.numpy.asarray(x), own[owner.key], owner.shift)
             if owner is not None and is_scaled(x)
             else x
             for x, owner in zip(leaves, owners, strict=True)
@@ -131,7 +136,7 @@ class Transfer:
         factors = {place.visit: place.factor for place in self.places}
 
         def own(params: Tree, *inputs: Any) -> Any:
-            scaled = scale_params(params, self.multipliers)
+            scaled = self._times(params, lambda leaf: leaf.factors.multiplier)
             return _placed(apply, factors, scaled, inputs) if factors else apply(scaled, *inputs)
 
         return own
@@ -146,10 +151,9 @@ class Transfer:
 
     def _scale(self, leaf: LeafTransfer) -> Scale:
         family = _transfer_rules.OPTIMIZERS[self.optimizer]
-        gradients = 1 / leaf.factors.eps if not family.q else 1.0
+        gradients = 1.0 if family.q else 1 / leaf.factors.eps
         out = leaf.learning_rate / gradients if family.p else leaf.learning_rate
-        # Adam's decay is the rule's; others keep what decays in a step.
-        decay = leaf.factors.lr * leaf.factors.weight_decay / out if not family.q else 1.0
+        decay = 1.0 if family.q else leaf.learning_rate * leaf.weight_decay / out
         shift = self.plan.leaves[leaf.name].shift
         return Scale(_terms(decay), _terms(gradients), _terms(out), shift)
 
@@ -192,14 +196,14 @@ def _table(rule: Transfer) -> str:
     apart = any(np.any(np.asarray(x.factors.multiplier) != 1) for x in rule.leaves.values())
     rows = []
     for leaf in rule.leaves.values():
-        each = (leaf.init, leaf.learning_rate, leaf.factors.eps, leaf.factors.weight_decay)
+        each = (leaf.init, leaf.learning_rate, leaf.factors.eps, leaf.weight_decay)
         more = (leaf.factors.multiplier,) if apart else ()
         fans = (leaf.facts.fan_in, leaf.facts.fan_out)
         rows.append(
             (
                 leaf.name,
                 leaf.role,
-                *(str(a) if a == b else f"{a} → {b}" for a, b in fans),
+                *(f"{a:g}" if a == b else f"{a:g} → {b:g}" for a, b in fans),
                 *map(number_words, (*each, *more)),
                 leaf.why,
             )

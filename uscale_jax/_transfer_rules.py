@@ -21,8 +21,8 @@ HIDDEN, OUTPUT, INPUT, VECTOR, FIXED = "hidden", "output", "input", "vector", "f
 class Fan(NamedTuple):
     """A number of inputs, of outputs or of layers, in the base and in the target model."""
 
-    base: int
-    target: int
+    base: float
+    target: float
 
     @property
     def ratio(self) -> float:
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
     role: str
     fan_in: Fan
     fan_out: Fan
-    n: float
+    n: Factor
     """Of how many elements each became."""
     gauge: Factor = 1.0
     """What growth by copies asks for beyond 1/fan_in of what is summed: what the model's own
@@ -47,6 +47,8 @@ class Facts(NamedTuple):
     """Whether it is what a residual branch ends with: the branch is zero where it is."""
     lookup: bool = False
     """Whether rows of it are picked by numbers."""
+    parts_in: Factor | None = None
+    """By how much fan-in grew where that differs by parts of the leaf."""
 
     @property
     def summed(self) -> bool:
@@ -54,9 +56,16 @@ class Facts(NamedTuple):
         return self.role in (HIDDEN, OUTPUT)
 
     @property
+    def r_in(self) -> Factor:
+        """Return by how much what it sums over grew."""
+        if not self.summed:
+            return 1.0
+        return self.fan_in.ratio if self.parts_in is None else self.parts_in
+
+    @property
     def m(self) -> Factor:
         """Return the factor of growth by copies: 1/r for a kernel whose inputs grew r-fold."""
-        return self.gauge / self.fan_in.ratio if self.summed else self.gauge
+        return self.gauge / self.r_in
 
 
 @dataclass(frozen=True)
@@ -98,25 +107,21 @@ def mup(leaf: Facts) -> Factors:
     copy: sums over inputs that know nothing of each other grow by √r and not by r, so that hidden
     kernels start √r times larger than m.
     """
-    root = math.sqrt(leaf.fan_in.ratio) if leaf.role == HIDDEN else 1.0
+    root = leaf.r_in**0.5 if leaf.role == HIDDEN else 1.0
     return Factors(1.0, leaf.m * root, leaf.m, 1 / (leaf.m * leaf.n), 1 / leaf.m)
 
 
 def standard(leaf: Facts) -> Factors:
     """What is done without a rule: variances of 1/fan_in, one learning rate for all."""
-    return Factors(init=_fan_in(leaf))
-
-
-def _fan_in(leaf: Facts) -> float:
-    return 1 / math.sqrt(leaf.fan_in.ratio) if leaf.summed else 1.0
+    return Factors(init=leaf.r_in**-0.5)
 
 
 def _standard_lr(power: float) -> Rule:
     def rule(leaf: Facts) -> Factors:
-        lr = leaf.fan_in.ratio**-power if leaf.summed else 1.0
+        lr = leaf.r_in**-power
         # Behind all but readouts is a readout of n^-½, and with it their gradients fall.
         eps = 1.0 if leaf.role in (OUTPUT, FIXED) else 1 / math.sqrt(leaf.fan_out.ratio)
-        return Factors(init=_fan_in(leaf), lr=lr, eps=eps, weight_decay=1 / lr)
+        return Factors(init=leaf.r_in**-0.5, lr=lr, eps=eps, weight_decay=1 / lr)
 
     return rule
 
@@ -130,7 +135,7 @@ def spectral(leaf: Facts) -> Factors:
     return replace(found, init=leaf.gauge * target / base)
 
 
-def _of_norm(fan_in: int, fan_out: int) -> float:
+def _of_norm(fan_in: float, fan_out: float) -> float:
     """The σ of a fresh matrix whose norm is √(fan_out/fan_in)."""
     return math.sqrt(fan_out / fan_in) / (math.sqrt(fan_in) + math.sqrt(fan_out))
 
@@ -138,20 +143,21 @@ def _of_norm(fan_in: int, fan_out: int) -> float:
 def u_mup(leaf: Facts) -> Factors:
     """u-μP: all weights start at 1, behind multipliers; widths are the target's own.
 
-    It is μP over a base of one input a kernel, A, B and C moved until B is 1.  New is the learning
-    rate 1/√d of what is looked up.  Of depth it is relative to the base.
+    It is μP over a base of one input and one output a kernel, moved until B is 1.  New is the
+    learning rate 1/√d of what is looked up.  Of depth it is relative to the base.
     """
-    fan_in = leaf.fan_in.target
-    a, c = 1 / math.sqrt(fan_in), 1.0
-    if leaf.role == OUTPUT:
-        a = 1 / fan_in
-    elif leaf.role == HIDDEN:
-        c = 1 / math.sqrt(fan_in)
-    elif leaf.lookup:
-        c = 1 / math.sqrt(leaf.fan_out.target)
-    root = math.sqrt(leaf.layers.ratio)
-    a, c = a / (root if leaf.last else 1.0), c / root
-    return Factors(leaf.gauge * a, 1.0, c, 1.0, 1 / c)
+    fan_in, fan_out = leaf.fan_in.target, leaf.fan_out.target
+    root, depth = math.sqrt(fan_in), math.sqrt(leaf.layers.ratio)
+    a, c, eps = {
+        HIDDEN: (1 / root, 1 / root, 1 / (fan_out * root)),
+        OUTPUT: (1 / fan_in, 1.0, 1 / fan_in),
+        INPUT: (1 / root, 1 / math.sqrt(fan_out) if leaf.lookup else 1.0, 1 / fan_out),
+        VECTOR: (1.0, 1.0, 1 / fan_out),
+        FIXED: (1 / root, 1.0, 1.0),
+    }[leaf.role]
+    a = a / depth if leaf.last else a
+    # A gauge makes gradients larger where it stands, and smaller by as much where it was.
+    return Factors(leaf.gauge * a, 1.0, c / depth, eps / depth, depth / c)
 
 
 # Depth
@@ -176,7 +182,7 @@ def _apart(rule: Rule, alpha: float = 0.0) -> Rule:
     """A rule in the form of Table 8: what is neither 1 nor 1/fan_in stands in multipliers."""
 
     def moved(leaf: Facts) -> Factors:
-        theta = (leaf.fan_in.ratio if leaf.role == OUTPUT else 1.0) / leaf.gauge
+        theta = (leaf.r_in if leaf.role == OUTPUT else 1.0) / leaf.gauge
         return rule(leaf).moved(theta * leaf.layers.ratio**alpha if leaf.last else theta)
 
     return moved

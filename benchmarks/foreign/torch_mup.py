@@ -1,195 +1,58 @@
-"""A Transformer in JAX and, with the package ``mup``, in PyTorch; what that package does to it.
+"""The Transformer of ``transfer_twin`` with the package ``mup``, and what that does to it.
 
-Parameters are a flat dictionary with PyTorch's names, shapes and layouts.  The JAX model knows
-nothing of μP.  PyTorch and ``mup`` are imported where they are used, and nowhere else.
+PyTorch and ``mup`` are imported where they are used, and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.foreign.torch_layers import (
-    Params,
-    Shapes,
-    layer_norm,
-    layer_norm_shapes,
-    linear,
-    linear_shapes,
+import uscale_jax as us
+from benchmarks.foreign.transfer_twin import (
+    BASE,
+    FEATURES,
+    HEADS,
+    LENGTH,
+    SETTINGS,
+    STEPS,
+    TARGET,
+    VOCABULARY,
+    Form,
+    Ratios,
+    Sizes,
+    fresh,
+    inputs,
+    model,
+    shapes,
+    starts,
+    trained,
+    wanted,
 )
 
-HEADS, VOCABULARY, TABLE, FEATURES, BATCH, LENGTH = 2, 23, 13, 7, 3, 11
-"""What does not grow: heads, tokens, rows of positions, numbers known of every token, examples."""
+REASONS = {
+    "Table 3": "the rule 'mup' is the form without multipliers: their 1/r is in what readouts "
+    "start with and in their rates, and training is the same",
+    "scores": "mup leaves attention's 1/d to the user; where a model divides by √d, what is "
+    "missing is a multiplier of queries or keys here",
+    "tied": "MuSharedReadout multiplies what it reads by 1/r; here gain and bias of the norm "
+    "before it are multiplied",
+    "tied start": "set_base_shapes rescales the weight of a MuSharedReadout as if it started with "
+    "1/√fan_in, but it is an embedding, which starts alike at all widths",
+    "bias start": "PyTorch's biases start with 1/√fan_in, which set_base_shapes takes back; here "
+    "they are taken to start alike, and with initial=(base, target) the factor is mup's",
+    "no ε": "mup has no rule for what is compared with gradients: ε, and the L2 term of MuAdam, "
+    "which it multiplies like decoupled decay",
+    "layout": "mup takes a matrix's last dimension for its inputs, whatever the program sums over",
+}
 
 
-class Sizes(NamedTuple):
-    """What grows: no two sizes are the same."""
-
-    hidden: int
-    head: int
-    mlp: int
-    layers: int
-
-    def times(self, factor: int) -> Sizes:
-        """Return all widths times a number, and as many layers."""
-        return Sizes(self.hidden * factor, self.head * factor, self.mlp * factor, self.layers)
-
-
-BASE = Sizes(12, 5, 26, 2)
-TARGET = Sizes(24, 20, 78, 2)
-"""Twice as wide, heads four times, the middle of the MLP three times."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the model is written."""
-
-    name: str
-    roots: bool = False
-    """Whether scores are over √d, as everywhere but in μP; else over d, the same at the base."""
-    tied: bool = False
-    """Whether the embedding is the readout too; ``MuSharedReadout`` takes no bias then."""
-    across: bool = False
-    """Whether the first kernel of the MLP is stored as (in, out)."""
-
-
-PLAIN = Form("scores over d")
-FORMS = (
-    PLAIN,
-    Form("scores over √d", roots=True),
-    Form("tied readout", tied=True),
-    Form("a kernel stored as (in, out)", across=True),
-)
-
-
-# JAX
-
-
-def shapes(form: Form, sizes: Sizes) -> Shapes:
-    """Return the shapes of the parameters by name."""
-    hidden, inner = sizes.hidden, HEADS * sizes.head
-    made = {
-        "embed.weight": (VOCABULARY, hidden),
-        "positions.weight": (TABLE, hidden),
-        **linear_shapes("context", hidden, FEATURES),
-    }
-    for i in range(sizes.layers):
-        at = f"layers.{i}"
-        made |= layer_norm_shapes(f"{at}.norm1", hidden) | linear_shapes(f"{at}.q", inner, hidden)
-        # No bias: no score depends on one, and Adam would make steps of rounding errors.
-        made |= {f"{at}.k.weight": (inner, hidden)} | linear_shapes(f"{at}.v", inner, hidden)
-        made |= linear_shapes(f"{at}.o", hidden, inner) | layer_norm_shapes(f"{at}.norm2", hidden)
-        made |= linear_shapes(f"{at}.up", sizes.mlp, hidden)
-        made |= linear_shapes(f"{at}.down", hidden, sizes.mlp)
-        if form.across:
-            made[f"{at}.up.weight"] = (hidden, sizes.mlp)
-    made |= layer_norm_shapes("norm", hidden)
-    return made if form.tied else made | linear_shapes("head", VOCABULARY, hidden)
-
-
-def structs(form: Form, sizes: Sizes) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes as JAX's."""
-    made = shapes(form, sizes).items()
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in made}
-
-
-@cache
-def model(form: Form) -> Callable[..., jax.Array]:
-    """Return ``apply(params, tokens, context)``; always the same function."""
-    return partial(_apply, form)
-
-
-def _apply(form: Form, params: Params, tokens: jax.Array, context: jax.Array) -> jax.Array:
-    """The scores of the tokens."""
-    positions = params["positions.weight"][jnp.arange(tokens.shape[1])]
-    x = params["embed.weight"][tokens] + positions[None] + linear(params, "context", context)
-    for i in range(sum(name.endswith("norm1.weight") for name in params)):
-        at = f"layers.{i}"
-        x = x + _attention(form, params, at, layer_norm(params, f"{at}.norm1", x))
-        y = _up(form, params, f"{at}.up", layer_norm(params, f"{at}.norm2", x))
-        x = x + linear(params, f"{at}.down", jax.nn.gelu(y, approximate=False))
-    x = layer_norm(params, "norm", x)
-    if form.tied:
-        return jnp.einsum("bsh,vh->bsv", x, params["embed.weight"])
-    return linear(params, "head", x)
-
-
-def _attention(form: Form, params: Params, at: str, x: jax.Array) -> jax.Array:
-    keys = jnp.einsum("bsh,oh->bso", x, params[f"{at}.k.weight"])
-    parts = (linear(params, f"{at}.q", x), keys, linear(params, f"{at}.v", x))
-    q, k, v = (part.reshape(*part.shape[:2], HEADS, -1) for part in parts)
-    scores = jnp.einsum("bihd,bjhd->bhij", q, k) * _scale(form, q.shape[-1])
-    y = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(scores, axis=-1), v)
-    return linear(params, f"{at}.o", y.reshape(*y.shape[:2], -1))
-
-
-def _scale(form: Form, d: int) -> float:
-    return 1 / math.sqrt(d) if form.roots else math.sqrt(BASE.head) / d
-
-
-def _up(form: Form, params: Params, name: str, x: jax.Array) -> jax.Array:
-    if not form.across:
-        return linear(params, name, x)
-    return x @ params[f"{name}.weight"] + params[f"{name}.bias"].reshape(1, 1, -1)
-
-
-def inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens, and what is known of every one of them."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
-    return tokens, rng.normal(size=(BATCH, LENGTH, FEATURES)).astype(np.float32)
-
-
-def wanted(seed: int = 1) -> np.ndarray:
-    """Return random scores to train towards."""
-    drawn = np.random.default_rng(seed).normal(size=(BATCH, LENGTH, VOCABULARY))
-    return drawn.astype(np.float32)
-
-
-def fresh(form: Form, sizes: Sizes, seed: int = 2) -> dict[str, np.ndarray]:
-    """Return random initial values: variances of 1/fan_in, gains about 1, biases of 1/10."""
-    rng, made = np.random.default_rng(seed), {}
-    for name, shape in shapes(form, sizes).items():
-        fan_in = shape[0] if form.across and "up" in name else shape[-1]
-        size = 1 / math.sqrt(fan_in) if len(shape) == 2 else 0.1
-        is_gain = "norm" in name and name.endswith("weight")
-        made[name] = (is_gain + size * rng.normal(size=shape)).astype(np.float32)
-    return made
-
-
-def starts(form: Form, sizes: Sizes) -> dict[str, float]:
-    """Return the standard deviations that PyTorch's layers start with, by its documentation."""
-    own = shapes(form, sizes)
-    found = {}
-    for name in own:
-        layer = name.rpartition(".")[0]
-        if "norm" in layer or (form.across and name.endswith("up.bias")):
-            found[name] = 0.0
-        elif layer in ("embed", "positions"):
-            found[name] = 1.0
-        else:
-            fan_in = own[f"{layer}.weight"][0 if form.across and layer.endswith("up") else 1]
-            found[name] = 1 / math.sqrt(3 * fan_in)
-    return found
-
-
-def started(form: Form, sizes: Sizes) -> dict[str, np.ndarray]:
-    """Return initial values that have these deviations to the last digit."""
-    made, own = {}, starts(form, sizes)
-    for name, shape in shapes(form, sizes).items():
-        values = np.linspace(-1, 1, math.prod(shape)).reshape(shape)
-        made[name] = values / values.std() * own[name]
-    return made
-
-
-# PyTorch
+# PyTorch's modules
 
 
 def torch_module(form: Form, sizes: Sizes) -> Any:
@@ -198,47 +61,18 @@ def torch_module(form: Form, sizes: Sizes) -> Any:
     from mup import MuReadout, MuSharedReadout
     from torch import nn
 
-    hidden, inner = sizes.hidden, HEADS * sizes.head
-
-    class Across(nn.Module):
-        def __init__(self, into: int, out: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.empty(into, out).uniform_(-1, 1) / math.sqrt(into))
-            self.bias = nn.Parameter(torch.zeros(out))
-
-        def forward(self, x: Any) -> Any:
-            return x @ self.weight + self.bias
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-            self.q, self.v = nn.Linear(hidden, inner), nn.Linear(hidden, inner)
-            self.k, self.o = nn.Linear(hidden, inner, bias=False), nn.Linear(inner, hidden)
-            self.up = (Across if form.across else nn.Linear)(hidden, sizes.mlp)
-            self.down = nn.Linear(sizes.mlp, hidden)
-
-        def forward(self, x: Any) -> Any:
-            y = self.norm1(x)
-            parts = (self.q(y), self.k(y), self.v(y))
-            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
-            # μP's 1/d is for the user to write; mup's own examples do it like this.
-            scores = (q @ k.mT * (math.sqrt(BASE.head) / sizes.head)).softmax(-1)
-            x = x + self.o((scores @ v).transpose(1, 2).flatten(2))
-            return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
     class Transformer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = nn.Embedding(VOCABULARY, hidden)
-            self.positions = nn.Embedding(TABLE, hidden)
-            self.context = nn.Linear(FEATURES, hidden)
-            self.layers = nn.ModuleList(Block() for _ in range(sizes.layers))
-            self.norm = nn.LayerNorm(hidden)
+            self.embed = nn.Embedding(VOCABULARY, sizes.hidden)
+            self.positions = nn.Embedding(LENGTH, sizes.hidden)
+            self.context = nn.Linear(FEATURES, sizes.hidden)
+            self.layers = nn.ModuleList(_block(form, sizes) for _ in range(sizes.layers))
+            self.norm = nn.LayerNorm(sizes.hidden)
             if form.tied:
                 self.head = MuSharedReadout(self.embed.weight, bias=False)
             else:
-                self.head = MuReadout(hidden, VOCABULARY)
+                self.head = MuReadout(sizes.hidden, VOCABULARY)
 
         def forward(self, tokens: Any, context: Any) -> Any:
             x = self.embed(tokens) + self.positions(torch.arange(tokens.shape[1]))
@@ -250,6 +84,50 @@ def torch_module(form: Form, sizes: Sizes) -> Any:
     return Transformer()
 
 
+def _block(form: Form, sizes: Sizes) -> Any:
+    from torch import nn
+
+    hidden, inner = sizes.hidden, HEADS * sizes.head
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+            self.q, self.v = nn.Linear(hidden, inner), nn.Linear(hidden, inner)
+            self.k, self.o = nn.Linear(hidden, inner, bias=False), nn.Linear(inner, hidden)
+            self.up = (_across if form.across else nn.Linear)(hidden, sizes.mlp)
+            self.down = nn.Linear(sizes.mlp, hidden)
+
+        def forward(self, x: Any) -> Any:
+            y = self.norm1(x)
+            parts = (self.q(y), self.k(y), self.v(y))
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+            # μP's 1/d is for the user to write; mup's own examples do it like this.
+            scores = (q @ k.mT * (math.sqrt(BASE.head) / sizes.head)).softmax(-1)
+            x = x + self.o((scores @ v).transpose(1, 2).flatten(2))
+            return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+    return Block()
+
+
+def _across(into: int, out: int) -> Any:
+    """A linear layer whose kernel is stored as (in, out)."""
+    import torch
+    from torch import nn
+
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(into, out).uniform_(-1, 1) / math.sqrt(into))
+            self.bias = nn.Parameter(torch.zeros(out))
+
+        def forward(self, x: Any) -> Any:
+            return x @ self.weight + self.bias
+
+    return Across()
+
+
+@cache
 def sampled(form: Form, sizes: Sizes, seeds: int = 40) -> float:
     """Return how far deviations over some seeds are from those documented, relative to them."""
     import torch
@@ -273,14 +151,17 @@ def _based(form: Form, rescale: bool = True) -> Any:
     return set_base_shapes(module, torch_module(form, BASE), rescale_params=rescale)
 
 
+# What mup does
+
+
 def factors(form: Form, optimizer: str) -> dict[str, dict[str, float]]:
     """Return what ``mup`` makes of every parameter of the target, read off its objects."""
     import mup
 
     module, own = _based(form), dict(_based(form, rescale=False).named_parameters())
     decoupled = mup.MuAdamW if optimizer == "adam" else mup.MuSGD
-    groups = _of_groups(module, decoupled(module.parameters(), lr=1.0, weight_decay=1.0))
-    coupled = _of_groups(module, mup.MuAdam(module.parameters(), lr=1.0, weight_decay=1.0))
+    groups = of_groups(module, decoupled(module.parameters(), lr=1.0, weight_decay=1.0))
+    coupled = of_groups(module, mup.MuAdam(module.parameters(), lr=1.0, weight_decay=1.0))
     multipliers = probed(module)
     found = {}
     for name, p in module.named_parameters():
@@ -296,11 +177,13 @@ def factors(form: Form, optimizer: str) -> dict[str, dict[str, float]]:
             found[name]["ε"] = groups[name]["eps"] / 1e-8
             found[name]["L2"] = coupled[name]["weight_decay"]
     for name, p in module.named_parameters():
+        found[name]["start by default"] = found[name]["start"]
         found[name]["init"] = _drawn(p)
     return found
 
 
-def _of_groups(module: Any, optimizer: Any) -> dict[str, dict[str, float]]:
+def of_groups(module: Any, optimizer: Any) -> dict[str, dict[str, float]]:
+    """Return an optimizer's settings by the name of the parameter."""
     own = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     return {name: own[id(p)] for name, p in module.named_parameters()}
 
@@ -370,20 +253,79 @@ def _multiplier(layer: Any) -> float:
     return ratio(layer(x), functional.linear(x, kernel, bias))
 
 
-class Trained(NamedTuple):
-    """A model before and after some steps."""
-
-    outputs: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    """After the steps."""
-    later: np.ndarray
-    """Outputs after the steps."""
+# Why it differs
 
 
-def trained(
-    form: Form, weights: Mapping[str, np.ndarray], optimizer: str, steps: int, **settings: float
-) -> Trained:
-    """Return what steps of ``mup``'s AdamW or SGD make of a target with these weights."""
+def reasons(
+    form: Form, rule: str, optimizer: str, multipliers: Mapping[str, float], name: str
+) -> Ratios:
+    """Return why factors of a leaf here differ from mup's, and by how much; some may be 1.
+
+    Of queries and keys one takes what scores need: ``multipliers`` here say which.
+    """
+    base, target = (shapes(form, sizes)[name] for sizes in (BASE, TARGET))
+    grown = [b / a for a, b in zip(base, target, strict=True)]
+    wide, power = TARGET.hidden / BASE.hidden, 1 if optimizer == "adam" else 2
+    is_across = form.across and name.endswith("up.weight")
+    found = [_of_gradients(grown[::-1] if is_across else grown), _of_bias(form, name)]
+    if rule == "mup" and name == "head.weight":
+        moved = dict.fromkeys(("init", "start", "start by default"), 1 / wide)
+        rates = {"lr": wide**-power, "weight decay": wide**power, "ε": wide, "L2": wide**2}
+        found.append(("Table 3", {"multiplier": wide, **moved, **rates}))
+    if form.roots and (".q." in name or ".k." in name) and multipliers[name] != 1:
+        found.append(("scores", {"multiplier": (TARGET.head / BASE.head) ** -0.5}))
+    if form.tied and name.startswith("norm."):
+        found.append(("tied", {"multiplier": 1 / wide}))
+    if form.tied and name == "embed.weight":
+        found.append(("tied start", dict.fromkeys(("start", "start by default"), wide**-0.5)))
+    if is_across:
+        turned = grown[1] / grown[0]
+        rates = {"lr": turned**power, "weight decay": turned**-power, "L2": 1 / turned}
+        found.append(("layout", {"init": turned**0.5, **rates}))
+    return found
+
+
+def _of_gradients(grown: list[float]) -> tuple[str, dict[str, float]]:
+    """Gradients fall with the outputs' width; those of readouts with the inputs'."""
+    falls = 1 / next((x for x in grown if x != 1), 1.0)
+    return "no ε", {"ε": falls, "L2": falls}
+
+
+def _of_bias(form: Form, name: str) -> tuple[str, dict[str, float]]:
+    sizes = [starts(form, each)[name] for each in (BASE, TARGET)]
+    is_bias = name.endswith("bias") and all(sizes)
+    return "bias start", {"start by default": sizes[1] / sizes[0] if is_bias else 1.0}
+
+
+# Steps of both
+
+
+def stepped(plan: us.Plan, form: Form, rule: str, optimizer: str) -> dict[str, float]:
+    """Return how far both targets are apart before and after some steps from the same weights.
+
+    The weights of mup's model are those here, times by what its form of the rule starts larger.
+    """
+    found, there = us.transfer(plan, rule, optimizer=optimizer), factors(form, optimizer)
+    init = {name: values["init"] for name, values in there.items()}
+    larger = {name: init[name] / leaf.factors.init for name, leaf in found.leaves.items()}
+    start = found.start({name: jnp.asarray(x) for name, x in fresh(form, TARGET).items()})
+    weights = {name: np.asarray(x) * np.float32(larger[name]) for name, x in start.items()}
+    before, after, later = _trained(form, weights, optimizer)
+    own_before, own_after, own_later = trained(found, model(form), start, optimizer)
+    return {
+        "outputs": _apart(own_before, before),
+        "weights": max(_apart(larger[name] * own_after[name], x) for name, x in after.items()),
+        "later": _apart(own_later, later),
+        "moved": _apart(later, before),
+    }
+
+
+def _apart(found: Any, wanted: Any) -> float:
+    return float(np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max())
+
+
+def _trained(form: Form, weights: Mapping[str, np.ndarray], optimizer: str) -> tuple[Any, Any, Any]:
+    """Outputs before, and weights and outputs after steps of ``mup``'s AdamW or SGD."""
     import mup
     import torch
 
@@ -393,11 +335,11 @@ def trained(
             p.copy_(torch.tensor(weights[name]))
     tokens, context, aim = (torch.tensor(x) for x in (*inputs(), wanted()))
     make = mup.MuAdamW if optimizer == "adam" else mup.MuSGD
-    tx = make(module.parameters(), **settings)
+    tx = make(module.parameters(), **SETTINGS[optimizer])
     before = module(tokens.long(), context).detach().numpy()
-    for _ in range(steps):
+    for _ in range(STEPS):
         tx.zero_grad()
         (module(tokens.long(), context) - aim).square().mean().backward()
         tx.step()
     after = {name: p.detach().numpy() for name, p in module.named_parameters()}
-    return Trained(before, after, module(tokens.long(), context).detach().numpy())
+    return before, after, module(tokens.long(), context).detach().numpy()

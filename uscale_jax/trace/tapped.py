@@ -10,7 +10,7 @@ leaf: there it is stacked, for every layer has weights of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,7 +20,9 @@ from uscale_jax import _jax
 from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 Tap: TypeAlias = Callable[[Sequence[Any]], Any]
-"""What to take at an equation, from its operands: a pytree of arrays that can be added up."""
+"""What to take at an equation, from its operands: a pytree of arrays that can be added up.
+
+Those of ``results`` are given what the equation returns instead."""
 
 Taken: TypeAlias = dict[int, Any]
 """What was taken, by visit."""
@@ -31,21 +33,37 @@ def run(
     taps: Mapping[int, Tap],
     args: Sequence[Any],
     stacked: Collection[tuple[int, int]] = (),
+    results: Mapping[int, Tap] | None = None,
 ) -> tuple[list[Any], Taken]:
     """Returns the outputs of a program on ``args``, and what was taken.
 
     ``stacked`` are pairs of a tap and a scan, by visits: over its turns this tap is not added up.
+    ``results`` are taps of what equations return, at visits that have no other tap.
     Taps within primitives that are run as they are (``shard_map``, solvers), and in the conditions
     of ``while`` loops, take nothing.
     """
-    return _Run(taps, frozenset(stacked)).closed(closed, args, 0)
+    return _Run(taps, results or {}, frozenset(stacked)).closed(closed, args, 0)
+
+
+def scans(closed: ClosedJaxpr) -> dict[int, tuple[int, ...]]:
+    """Returns the scans that every equation is in, outermost first, by visits.
+
+    What is in ``while`` loops, or is run as it is, is left out.
+    """
+    return dict(_Run({}, {}, frozenset()).walk(closed.jaxpr, 0, ()))
 
 
 class _Run:
     """Runs programs; ``base`` is always the visit of the first equation."""
 
-    def __init__(self, taps: Mapping[int, Tap], stacked: frozenset[tuple[int, int]]) -> None:
-        self.taps, self.stacked = taps, stacked
+    def __init__(
+        self,
+        taps: Mapping[int, Tap],
+        results: Mapping[int, Tap],
+        stacked: frozenset[tuple[int, int]],
+    ) -> None:
+        self.taps, self.results, self.stacked = taps, results, stacked
+        self.visits = {*taps, *results}
         self.sizes: dict[int, tuple[Any, int]] = {}
 
     def closed(
@@ -67,6 +85,8 @@ class _Run:
                 taken[base] = self.taps[base](values)
             outs, inner = self._equation(eqn, values, base)
             taken.update(inner)
+            if base in self.results:
+                taken[base] = self.results[base](outs)
             env.update(zip(eqn.outvars, outs, strict=True))
             base += 1 + sum(map(self._size, _bodies(eqn)))
         return read(jaxpr.outvars), taken
@@ -74,7 +94,7 @@ class _Run:
     def _equation(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
         bodies = _bodies(eqn)
         inside = range(base + 1, base + 1 + sum(map(self._size, bodies)))
-        if any(visit in inside for visit in self.taps):
+        if any(visit in inside for visit in self.visits):
             name = _jax.primitive_name(eqn)
             if name in _jax.CALLS:
                 return self._body(bodies[0], values, base + 1)
@@ -94,6 +114,21 @@ class _Run:
             count = sum(1 + sum(map(self._size, _bodies(eqn))) for eqn in jaxpr.eqns)
             self.sizes[id(jaxpr)] = (jaxpr, count)  # the jaxpr, so that its id stays its own
         return self.sizes[id(jaxpr)][1]
+
+    def walk(
+        self, jaxpr: Jaxpr, base: int, inside: tuple[int, ...]
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yields every visit with the scans around it."""
+        for eqn in jaxpr.eqns:
+            yield base, inside
+            name = _jax.primitive_name(eqn)
+            around = (*inside, base) if name == "scan" else inside
+            base += 1
+            for body in _bodies(eqn):
+                if name in _jax.CALLS or name in ("cond", "scan"):
+                    inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+                    yield from self.walk(inner, base, around)
+                base += self._size(body)
 
     def scan(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
         params = eqn.params

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from uscale_jax.trace.atoms import Size
 from uscale_jax.trace.program import Equation, Value
 from uscale_jax.trace.source import Source
 from uscale_jax.trace.tracing import Traced
-from uscale_jax.trace.views import View, is_layout, views
+from uscale_jax.trace.views import View, is_layout
 
 SUMMED, FREE, SHARED = "summed", "free", "shared"
 """What a product does along a dimension of a leaf: sums over it, makes it, or has one each."""
 LOOKUPS = ("gather", "dynamic_slice")
+_SUMS = ("reduce_sum", "psum", "psum_invariant")
 
 
 class Use(NamedTuple):
@@ -30,13 +31,16 @@ class Use(NamedTuple):
     """How many elements of the leaf one output sums over, in both programs."""
     fan_out: Size
     """How many outputs one input takes part in; of what is no product, the leaf's elements."""
-    dims: tuple[str, ...] = ()
-    """What a product does along every dimension of the leaf."""
+    dims: tuple[str, ...] | None = ()
+    """What a product does along every dimension of the leaf; None where that is not known."""
+    may_sum: bool = False
+    """Of what is no product, whether outputs may sum over it: a product in two equations, or what
+    is not looked into."""
 
     @property
     def is_product(self) -> bool:
         """Return whether it is a matrix product or a convolution."""
-        return bool(self.dims)
+        return self.dims != ()
 
     @property
     def is_lookup(self) -> bool:
@@ -44,58 +48,126 @@ class Use(NamedTuple):
         return self.name in LOOKUPS
 
 
+class _Followed(NamedTuple):
+    """A leaf, in a value that is made of leaves alone or picked out of one."""
+
+    leaf: int
+    view: View | None
+    """How it is laid out; None where that is not known."""
+    pick: int = -1
+    """The visit where numbers pick it: rows of a table, or one of several kernels."""
+
+    @property
+    def picked(self) -> bool:
+        """Return whether numbers pick it."""
+        return self.pick >= 0
+
+
+_Seen: TypeAlias = "dict[int, list[_Followed]]"
+
+
 def uses(traced: Traced) -> list[list[Use]]:
     """Returns the uses of every leaf in the order of the program.
 
-    A leaf that is normalised, cast or laid out anew before anything else reads it is followed to
-    where it meets another value, as long as it keeps its shape.
+    A leaf that is cast, normalised, laid out anew, put together with others or picked by numbers
+    is followed to where it meets an activation.
     """
     program, count = traced.structure.program, len(traced.keys)
     seen = _followed(traced)
     found: list[list[Use]] = [[] for _ in range(count)]
+    kernels: set[int] = set()
+    summed = {id(v) for eqn in program.equations if eqn.name in _SUMS for v in eqn.inputs}
     for eqn in program.equations:
+        if eqn.name.startswith("loop_"):
+            continue
+        further = {f.leaf for out in eqn.outputs for f in seen.get(id(out), ()) if not f.picked}
         for side, value in enumerate(eqn.inputs):
-            view = seen.get(id(value))
-            if view is None or any(id(out) in seen for out in eqn.outputs):
-                continue
-            if eqn.name.startswith("loop_"):
-                continue
-            found[view.leaf].append(_use(traced, eqn, side, view))
-    return found
+            for followed in seen.get(id(value), ()):
+                if followed.leaf in further:
+                    continue
+                if _is_kernel(eqn, side, followed, seen):
+                    kernels.add(followed.pick)
+                    found[followed.leaf].append(_use(traced, eqn, side, followed))
+                elif not followed.picked:
+                    met = _met(traced, eqn, side, followed)
+                    added = any(id(out) in summed for out in eqn.outputs)
+                    sums = added or eqn.name not in (*_ADDS, "mul", "div")
+                    found[followed.leaf].append(met._replace(may_sum=sums))
+    # What picks a kernel looks nothing up.
+    return [[u for u in each if not (u.is_lookup and u.visit in kernels)] for each in found]
 
 
-def _followed(traced: Traced) -> dict[int, View]:
-    """Views of leaves, and values of a view's shape that are computed from leaves alone."""
+def _is_kernel(eqn: Equation, side: int, followed: _Followed, seen: _Seen) -> bool:
+    """Whether a product is with a leaf.
+
+    Of two that are made of leaves alone the last is the kernel; what is picked is one for
+    activations alone.
+    """
+    if eqn.name not in _PRODUCTS or side > 1:
+        return False
+    other = seen.get(id(eqn.inputs[1 - side]), ())
+    if followed.picked:
+        return not other
+    return side == 1 or all(each.picked for each in other)
+
+
+def _followed(traced: Traced) -> _Seen:
     program, count = traced.structure.program, len(traced.keys)
-    seen = views(program, count)
+    seen: _Seen = {id(v): [_Followed(i, View(i))] for i, v in enumerate(program.inputs[:count])}
     own = {id(value) for value in (*program.inputs[:count], *program.captured)}
     for eqn in program.equations:
-        known = [seen[id(v)] for v in eqn.inputs if id(v) in seen]
         if all(id(v) in own or v.uniform is not None for v in eqn.inputs):
             own.update(map(id, eqn.outputs))
-            for out in eqn.outputs:
-                if known and id(out) not in seen and not is_layout(eqn.name):
-                    same = [v for v in eqn.inputs if id(v) in seen and v.shape == out.shape]
-                    if same and eqn.name not in _PRODUCTS:
-                        seen[id(out)] = seen[id(same[0])]
+        for place, out in enumerate(eqn.outputs):
+            found = _passed(eqn, place, out, seen, own)
+            if found:
+                seen[id(out)] = found
     return seen
 
 
-def _use(traced: Traced, eqn: Equation, side: int, view: View) -> Use:
-    shape = traced.structure.program.inputs[view.leaf].shape
-    if eqn.name not in _PRODUCTS or side > 1:
-        return Use(eqn.name, eqn.source, eqn.visit, (1, 1), _product(_picked(eqn, side, shape)))
+def _passed(
+    eqn: Equation, place: int, out: Value, seen: _Seen, own: Collection[int]
+) -> list[_Followed]:
+    """What an output still is of the leaves that go in."""
+    first = seen.get(id(eqn.inputs[0]), []) if eqn.inputs else []
+    if is_layout(eqn.name) or eqn.name == "loop_slice":
+        step = (eqn, place)
+        return [f._replace(view=f.view and View(f.leaf, (*f.view.steps, step))) for f in first]
+    if eqn.name in LOOKUPS:
+        return [f._replace(view=None, pick=eqn.visit) for f in first]
+    chosen = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
+    alone = all(id(v) in own or v.uniform is not None for v in chosen)
+    if not alone or eqn.name in _PRODUCTS or eqn.name.startswith("loop_"):
+        return []
+    return [
+        f
+        for v in chosen
+        for f in seen.get(id(v), ())
+        if v.shape == out.shape or eqn.name == "concatenate"
+    ]
+
+
+def _met(traced: Traced, eqn: Equation, side: int, followed: _Followed) -> Use:
+    """The use of a leaf by what is no product with it."""
+    shape = traced.structure.program.inputs[followed.leaf].shape
+    fan_out = _product(_picked(eqn, side, shape))
+    return Use(eqn.name, eqn.source, eqn.visit, (1, 1), fan_out)
+
+
+def _use(traced: Traced, eqn: Equation, side: int, followed: _Followed) -> Use:
+    shape = traced.structure.program.inputs[followed.leaf].shape
     summed, shared = _PRODUCTS[eqn.name](eqn, side)
     value = eqn.inputs[side]
     free = [i for i in range(value.ndim) if i not in (*summed, *shared)]
     kinds = {**dict.fromkeys(summed, SUMMED), **dict.fromkeys(shared, SHARED)}
+    dims = None if followed.view is None else _dims(followed.view, shape, value, kinds)
     return Use(
         name=eqn.name,
         source=eqn.source,
         visit=eqn.visit,
         fan_in=_product([value.shape[i] for i in summed]),
         fan_out=_product([value.shape[i] for i in free]),
-        dims=_dims(view, shape, value, kinds),
+        dims=dims,
     )
 
 
@@ -113,15 +185,19 @@ def _product(sizes: Sequence[Size]) -> Size:
 
 def _dims(
     view: View, shape: Sequence[Size], value: Value, kinds: Mapping[int, str]
-) -> tuple[str, ...]:
+) -> tuple[str, ...] | None:
     """What happens along each dimension of the leaf: where one goes, its index changes."""
     lead = len(view.scans)
+    # A dimension of one element goes nowhere; the program in which fewer have one tells more.
+    program = 0 if sum(n[0] == 1 for n in shape) <= sum(n[-1] == 1 for n in shape) else -1
+    sizes = [size[program] for size in shape]
     found = []
-    for dim, size in enumerate(shape):
-        line = np.arange(size[0]).reshape([-1 if i == dim else 1 for i in range(len(shape))])
-        places = view.follow(np.broadcast_to(line, [each[0] for each in shape]), 0)
-        along = [] if places is None else list(_varying(places))
-        each = {SHARED if i < lead else kinds.get(i - lead, FREE) for i in along}
+    for dim, size in enumerate(sizes):
+        line = np.arange(size).reshape([-1 if i == dim else 1 for i in range(len(sizes))])
+        places = view.follow(np.broadcast_to(line, sizes), program)
+        if places is None:
+            return None
+        each = {SHARED if i < lead else kinds.get(i - lead, FREE) for i in _varying(places)}
         found.append(next((kind for kind in (SUMMED, SHARED, FREE) if kind in each), FREE))
     return tuple(found)
 
@@ -158,3 +234,57 @@ _PRODUCTS = {
     "dot_general": _of_dot,
     "ragged_dot_general": _of_ragged,
 }
+
+
+def behind_norms(traced: Traced, leaves: Collection[int]) -> list[int]:
+    """Returns the leaves that are not as they are any more where they join an activation.
+
+    A norm behind the last kernel of a residual branch takes off again what that is multiplied by.
+    """
+    seen = _followed(traced)
+    return [
+        leaf
+        for leaf in leaves
+        if not _ends_linearly(
+            traced, {key for key, each in seen.items() if any(f.leaf == leaf for f in each)}
+        )
+    ]
+
+
+def _ends_linearly(traced: Traced, grown: set[int]) -> bool:
+    """Whether values, and what is made of them, are only added up until they meet the stream."""
+    program = traced.structure.program
+    own = {id(v) for v in (*program.inputs[: len(traced.keys)], *program.captured)}
+    for eqn in program.equations:
+        if all(_is_own(v, own) for v in eqn.inputs):
+            own.update(map(id, eqn.outputs))
+        reads = [id(v) in grown for v in eqn.inputs]
+        if not any(reads) or all(id(out) in grown for out in eqn.outputs):
+            continue
+        others = [v for v, read in zip(eqn.inputs, reads, strict=True) if not read]
+        if eqn.name in _ADDS and not all(_is_own(v, own) for v in others):
+            continue  # the stream
+        if not _is_linear(eqn, reads):
+            return False
+        grown.update(map(id, eqn.outputs))
+    return True
+
+
+def _is_linear(eqn: Equation, reads: Sequence[bool]) -> bool:
+    if eqn.name in (*_PRODUCTS, "mul"):
+        return sum(reads) == 1
+    if eqn.name == "div":
+        return reads == [True, False]
+    return eqn.name in (*_ADDS, *_LINEAR) or is_layout(eqn.name)
+
+
+def _is_own(value: Value, own: Collection[int]) -> bool:
+    return id(value) in own or value.uniform is not None
+
+
+_ADDS = ("add", "add_any", "sub")
+_LINEAR = (
+    *("neg", "reduce_sum", "select_n", "concatenate", "pad", "rev", "optimization_barrier"),
+    *("psum", "psum_invariant", "pvary", "reduce_precision"),
+    *("loop_enter", "loop_slice", "loop_stack", "loop_close"),
+)
