@@ -323,7 +323,7 @@ PLAN = plan_of_mlp()
         ({"batch": math.nan}, "batch is nan.*Fix"),
         ({"tokens": math.inf}, "tokens is inf.*Fix"),
         ({"batch": 2, "optimizer": "sgd"}, "derived for Adam.*Fix"),
-        ({"initial": ({}, {"in": np.ones(3)})}, "of the base.*'in', 'mid', 'out'.*Fix"),
+        ({"initial": ({}, {"in": np.ones(3)})}, "of the base.*in, mid, out.*Fix"),
         ({"plan": us.Plan.from_json(PLAN.to_json())}, "read from JSON.*Fix"),
     ],
 )

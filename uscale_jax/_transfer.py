@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from uscale_jax._plan import Plan
 from uscale_jax._transfer_result import LeafTransfer, Transfer
 from uscale_jax._transfer_rules import FIXED, Factors, Named, Schedule
 from uscale_jax._types import Key, Tree
+from uscale_jax.trace.uses import SUMMED
 
 
 def transfer(
@@ -51,8 +52,8 @@ def transfer(
                                 1/r_in (``Transfer.apply``)
     ``"u_mup"``                 weights of scale 1 behind multipliers of 1/√fan_in, 1/fan_in for
                                 readouts; looked-up tables learn with 1/√d.  Widths are the
-                                target's own: what is tuned is tuned with them too, on a plan from
-                                a model that is smaller still
+                                target's own: what is tuned is tuned with them too, and both on
+                                plans from one model that is smaller still
     ``"depth_mup"``             residual branches of L^-½, learning rates L^-½ in them
     ``"completep"``             residual branches of 1/L, learning rates unchanged;
     ``"completep_multipliers"`` the latter in multipliers.  All three need ``plan(..., depth=)``
@@ -63,11 +64,11 @@ def transfer(
     ==========================  ===================================================================
 
     **What is not agreed on.**  ε of embeddings: CompleteP leaves it, Complete(d)P divides it by
-    the width, as gradients do; so it is here.  Decay: α·λ is kept, as Wang & Aitchison find best
-    and CompleteP does; Kosson et al. (arXiv:2510.19093) take that for the very reason why rates
-    transfer, arXiv:2510.15262 has λ grow by √r instead.  Whether μP or standard initialisation
-    with learning rates per layer ends lower: Everett et al. find the latter.  The default is μP,
-    for its factors are those of growth, which is exact.
+    the width, as gradients do; so it is here.  Decay: over widths α·λ is kept, as Wang & Aitchison
+    find best and CompleteP does; Kosson et al. (arXiv:2510.19093) take that for the reason why
+    rates transfer at all, arXiv:2510.15262 has λ grow by √r instead.  Whether μP or standard
+    initialisation with learning rates per layer ends lower: Everett et al. find the latter.  The
+    default is μP, for its factors are those of growth, which is exact.
 
     Args:
       plan: what :func:`plan` returned, for the base and the target model; shapes are enough.  Or
@@ -121,7 +122,7 @@ def transfer(
     plan, model = _read(plan, rule, named)
     _check_growth(rule, named, model)
     _check_depth(rule, named, model)
-    starts = None if initial is None else _Starts(plan, *initial)
+    starts = None if initial is None else _Starts(plan, initial)
     leaves = [_leaf(known, named, optimizer, schedule, starts) for known in model.leaves]
     return Transfer(
         rule=rule,
@@ -139,7 +140,7 @@ def _named(rule: str, optimizer: str) -> Named:
         ("rule", rule, _transfer_rules.RULES),
         ("optimizer", optimizer, _transfer_rules.OPTIMIZERS),
     ):
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"{what} is {name!r}. Expected: one of {', '.join(map(repr, known))}. Fix: name "
                 "the one that is meant."
@@ -152,18 +153,25 @@ def _read(
 ) -> tuple[Plan, _transfer_facts.Model]:
     if isinstance(plan, Plan):
         return plan, _transfer_facts.facts(plan)
-    if named.absolute or named.deep:
+    if (named.absolute or named.deep) and isinstance(plan, tuple):
         raise ValueError(
             f"rule {rule!r} needs to know what is looked up and where residual branches end, which "
             "shapes do not tell. Expected: a plan. Fix: us.transfer(us.plan(base_apply, base, "
             f"target_apply, target, *inputs), {rule!r})."
+        )
+    if not isinstance(plan, tuple | list) or len(plan) != 2:
+        raise ValueError(
+            f"plan is {type(plan).__name__!r}. Expected: what us.plan returned, or two trees of "
+            "parameters or shapes. Fix: us.transfer(us.plan(base_apply, base, target_apply, "
+            "target, *inputs))."
         )
     return _transfer_shapes.facts(*plan)
 
 
 def _schedule(batch: float, tokens: float, optimizer: str) -> Schedule:
     for name, value in (("batch", batch), ("tokens", tokens)):
-        if not (isinstance(value, int | float) and 0 < value < float("inf")):
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not (number and 0 < value < float("inf")):
             raise ValueError(
                 f"{name} is {value!r}. Expected: by how much it grows, a positive number. Fix: "
                 f"{name}=2.0 for twice as much."
@@ -180,8 +188,8 @@ def _check_growth(rule: str, named: Named, model: _transfer_facts.Model) -> None
     if named.absolute and all(known.facts.role == FIXED for known in model.leaves):
         raise ValueError(
             f"rule {rule!r} goes by which axes grow, and none does from one model of the plan to "
-            "the other. Expected: a plan from a smaller model. Fix: us.plan(...) from any smaller "
-            "one: factors are of the larger one's widths alone."
+            "the other. Expected: a plan from a smaller model. Fix: us.plan(...) from one that is "
+            "smaller than all that are compared: factors are of the larger one's widths alone."
         )
 
 
@@ -204,24 +212,36 @@ def _check_depth(rule: str, named: Named, model: _transfer_facts.Model) -> None:
 class _Starts:
     """Standard deviations of initial values, by key."""
 
-    def __init__(self, plan: Plan, base: Tree, target: Tree) -> None:
-        self.base, self.target = _deviations(base), _deviations(target)
-        for what, found, keys in (
-            ("base", self.base, plan.small_keys),
-            ("target", self.target, [leaf.key for leaf in plan.leaves.values()]),
-        ):
-            if set(found) != set(keys):
-                odd = sorted(map(_tree.name, set(found) ^ set(keys)))[:8]
-                raise ValueError(
-                    f"initial values of the {what} are not those of the plan's models: {odd}. "
-                    "Expected: initial=(parameters of the small model, of the big one). Fix: pass "
-                    "the trees that were initialised."
-                )
+    def __init__(self, plan: Plan, initial: tuple[Tree, Tree]) -> None:
+        if not isinstance(initial, tuple | list) or len(initial) != 2:
+            raise ValueError(f"initial is {type(initial).__name__!r}. {_INITIAL}")
+        base = {leaf.source: leaf.small for leaf in plan.leaves.values()}
+        target = {leaf.key: leaf.big for leaf in plan.leaves.values()}
+        self.base = _deviations(initial[0], base, "base")
+        self.target = _deviations(initial[1], target, "target")
 
 
-def _deviations(tree: Tree) -> dict[Key, float]:
+_INITIAL = (
+    "Expected: initial=(parameters of the base, of the target), arrays. Fix: pass the trees that "
+    "were initialised, the base's first."
+)
+
+
+def _deviations(tree: Tree, shapes: Mapping[Key, tuple[int, ...]], what: str) -> dict[Key, float]:
     keys, leaves, _ = _tree.flatten_named(tree)
+    given = {key: getattr(leaf, "shape", None) for key, leaf in zip(keys, leaves, strict=True)}
+    odd = [_tree.name(k) for k in {**given, **shapes} if given.get(k) != shapes.get(k)]
+    odd += [_tree.name(k) for k, x in zip(keys, leaves, strict=True) if not _is_array(x)]
+    if odd:
+        raise ValueError(
+            f"initial values of the {what} are not those of the plan's models, or no arrays: "
+            f"{', '.join(odd[:8])}. {_INITIAL}"
+        )
     return dict(zip(keys, map(_deviation, leaves), strict=True))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def _deviation(leaf: Any) -> float:
@@ -264,6 +284,8 @@ def _starts_at(known: _transfer_facts.Known, absolute: bool, starts: _Starts | N
         if not base or not target:
             return 1.0
         return target if absolute else target / base
+    if known.dims and SUMMED not in known.dims:  # a gain of a kernel
+        return 1.0
     fan_in = known.facts.fan_in
     return 1 / np.sqrt(fan_in.target) if absolute else 1 / np.sqrt(fan_in.ratio)
 

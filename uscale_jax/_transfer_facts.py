@@ -29,7 +29,7 @@ from uscale_jax.trace.growth import leaf_growths, product
 from uscale_jax.trace.layout import spread
 from uscale_jax.trace.readings import readings
 from uscale_jax.trace.tracing import Traced
-from uscale_jax.trace.uses import SUMMED, Use, behind_norms, uses
+from uscale_jax.trace.uses import FREE, SUMMED, Use, behind_norms, uses
 
 
 class Known(NamedTuple):
@@ -84,7 +84,11 @@ def facts(plan: Plan) -> Model:
     leaves = []
     for leaf in plan.leaves.values():
         found, why, dims = own.leaves[index[leaf.source]]
-        deep = found._replace(layers=layers.of(leaf), last=layers.ends(leaf))
+        deep = found._replace(
+            layers=layers.of(leaf),
+            last=layers.ends(leaf),
+            matrix=SUMMED in dims and FREE in dims,
+        )
         leaves.append(Known(leaf, deep, why, dims))
     notes = [*own.notes, *_met(made.traced, [known.facts for known in leaves])]
     # With layers cut out, equations are not those of the user's program.
@@ -151,9 +155,12 @@ def _leaf(each: Sequence[Use], leaf: Dims, m: Factor | None) -> tuple[Facts, str
         # Products are not the only sums: growth says by how much what is summed over grew.
         found = Facts(HIDDEN, Fan(1, 1 / by_growth), fan_out, n)
         return found, f"{_words(use, tied)}, by growth a kernel", dims
+    if use.dims and SUMMED not in use.dims and role in (HIDDEN, OUTPUT) and by_growth >= 1:
+        # A factor of a kernel: the kernel takes what sums ask for, unless a norm undoes that.
+        role, fan_in = VECTOR, Fan(1, 1)
     parts = _grown(leaf, [i for i, kind in enumerate(use.dims or ()) if kind == SUMMED])
     found = Facts(role, fan_in, fan_out, n, lookup=use.is_lookup)
-    if np.ndim(parts):
+    if np.ndim(parts) and SUMMED in (use.dims or ()):
         found = found._replace(parts_in=parts)
     if m is not None:
         found = found._replace(gauge=_snapped(m * found.r_in))

@@ -151,7 +151,7 @@ class Transfer:
 
     def _scale(self, leaf: LeafTransfer) -> Scale:
         family = _transfer_rules.OPTIMIZERS[self.optimizer]
-        gradients = 1.0 if family.q else 1 / leaf.factors.eps
+        gradients = 1 / leaf.factors.eps
         out = leaf.learning_rate / gradients if family.p else leaf.learning_rate
         decay = 1.0 if family.q else leaf.learning_rate * leaf.weight_decay / out
         shift = self.plan.leaves[leaf.name].shift

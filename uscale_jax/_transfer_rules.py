@@ -47,6 +47,8 @@ class Facts(NamedTuple):
     """Whether it is what a residual branch ends with: the branch is zero where it is."""
     lookup: bool = False
     """Whether rows of it are picked by numbers."""
+    matrix: bool = True
+    """Whether it is known along which dimensions it is a matrix."""
     parts_in: Factor | None = None
     """By how much fan-in grew where that differs by parts of the leaf."""
 
@@ -275,7 +277,7 @@ def _muon_rms(leaf: Facts, found: Factors) -> Factor:
 
 
 def _of_matrix(leaf: Facts, found: Factors, grown: float) -> Factor:
-    if leaf.role != HIDDEN:
+    if leaf.role != HIDDEN or not leaf.matrix:  # Adam's
         return found.lr
     return found.lr * math.sqrt(leaf.fan_in.ratio * leaf.fan_out.ratio) / grown
 

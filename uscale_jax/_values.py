@@ -171,6 +171,11 @@ def _factors_per_leaf(
     factors = [checked[id(one)] for one in ks]
     if exponents is None:
         return factors
+    if any(map(_is_array, factors)):
+        raise ValueError(
+            "exponents with an array as k. Expected: one number a leaf where there are exponents. "
+            "Fix: raise the array to its power, k=array**exponent."
+        )
     powers = _tree.broadcast_prefix(exponents, params, keys, what="exponents")
     return [
         _factors.check_factor(_factors.power(f, _check_exponent(e, key)), f"k**{e}")
@@ -181,7 +186,7 @@ def _factors_per_leaf(
 def _check_entry(one: Any, key: Key, k: Any, shape: tuple[int, ...]) -> Factor:
     what = "k" if one is k else f"k (for leaf {_tree.name(key)!r})"
     if one is not k and _is_array(one) and one.ndim == len(shape):
-        for value in (one.min(), one.max()):
+        for value in (one.min(), one.max()) if one.size else ():
             _factors.check_factor(value, what)
         if all(n in (1, size) for n, size in zip(one.shape, shape, strict=True)):
             return one
@@ -195,11 +200,15 @@ def _is_array(k: Any) -> bool:
 def _by_element(leaf: Any, k: Any, params: Tree, place: int) -> jax.Array:
     """A leaf times an array."""
     scaled = _factors.multiply(jax.numpy.asarray(leaf), jax.numpy.asarray(k))
-    if not _jax.is_traced(scaled):
-        before, after = (int(jax.numpy.isfinite(x).sum()) for x in (leaf, scaled))
-        if after < before:
+    if not _jax.is_traced(scaled) and scaled.size:
+        (before, nonzero), (after, left) = (
+            (int(jax.numpy.isfinite(x).sum()), int(jax.numpy.count_nonzero(x)))
+            for x in (leaf, scaled)
+        )
+        if after < before or left < nonzero:
             keys, leaves = _keys(params), jax.tree.leaves(params)
-            _overflow.refuse(keys, leaves, [k.max()] * len(leaves), {place: "overflows"})
+            why = "overflows" if after < before else "vanishes in part"
+            _overflow.refuse(keys, leaves, [float(k.max())] * len(leaves), {place: why})
     return scaled
 
 

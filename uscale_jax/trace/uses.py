@@ -86,8 +86,10 @@ def uses(traced: Traced) -> list[list[Use]]:
                 if followed.leaf in further:
                     continue
                 if _is_kernel(eqn, side, followed, seen):
-                    kernels.add(followed.pick)
-                    found[followed.leaf].append(_use(traced, eqn, side, followed))
+                    use = _use(traced, eqn, side, followed)
+                    if use.fan_in[0] != use.fan_in[1]:  # rows that are weighed are rows
+                        kernels.add(followed.pick)
+                    found[followed.leaf].append(use)
                 elif not followed.picked:
                     met = _met(traced, eqn, side, followed)
                     added = any(id(out) in summed for out in eqn.outputs)
@@ -136,15 +138,21 @@ def _passed(
     if eqn.name in LOOKUPS:
         return [f._replace(view=None, pick=eqn.visit) for f in first]
     chosen = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
-    alone = all(id(v) in own or v.uniform is not None for v in chosen)
+    alone = all(_is_own(v, own) or any(f.picked for f in seen.get(id(v), ())) for v in chosen)
     if not alone or eqn.name in _PRODUCTS or eqn.name.startswith("loop_"):
         return []
     return [
         f
         for v in chosen
         for f in seen.get(id(v), ())
-        if v.shape == out.shape or eqn.name == "concatenate"
+        if eqn.name == "concatenate" or _broadcasts(v, out)
     ]
+
+
+def _broadcasts(value: Value, out: Value) -> bool:
+    """Whether a value has the dimensions of an output, or one element where that has more."""
+    pairs = zip(value.shape, out.shape, strict=False)
+    return value.ndim == out.ndim and all(n in (m, (1,) * len(n)) for n, m in pairs)
 
 
 def _met(traced: Traced, eqn: Equation, side: int, followed: _Followed) -> Use:
@@ -161,11 +169,14 @@ def _use(traced: Traced, eqn: Equation, side: int, followed: _Followed) -> Use:
     free = [i for i in range(value.ndim) if i not in (*summed, *shared)]
     kinds = {**dict.fromkeys(summed, SUMMED), **dict.fromkeys(shared, SHARED)}
     dims = None if followed.view is None else _dims(followed.view, shape, value, kinds)
+    fan_in = _product([value.shape[i] for i in summed])
+    if SUMMED in (dims or ()):  # of several that are put together, a kernel has its own inputs
+        fan_in = _product([n for n, kind in zip(shape, dims or (), strict=True) if kind == SUMMED])
     return Use(
         name=eqn.name,
         source=eqn.source,
         visit=eqn.visit,
-        fan_in=_product([value.shape[i] for i in summed]),
+        fan_in=fan_in,
         fan_out=_product([value.shape[i] for i in free]),
         dims=dims,
     )
