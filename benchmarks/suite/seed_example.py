@@ -60,29 +60,29 @@ RULES = ("standard", "mup")
 
 def apply(params: Params, x: jax.Array) -> jax.Array:
     """Return the outputs of a net with one hidden kernel."""
-    h = jax.nn.relu(x @ params["in"] + params["in_bias"])
-    h = jax.nn.relu(h @ params["hidden"] + params["hidden_bias"])
+    h = jax.nn.relu(x @ params["in"] + params["in_bias"][None])
+    h = jax.nn.relu(h @ params["hidden"] + params["hidden_bias"][None])
     return h @ params["out"]
 
 
-def init(width: int, seed: int, setting: Setting = SETTING) -> Params:
+def init(width: int, seed: int) -> Params:
     """Return He-initialised parameters."""
     keys = iter(jax.random.split(jax.random.key(seed), 3))
     he = jax.nn.initializers.he_normal()
     return {
-        "in": he(next(keys), (setting.inputs, width)),
+        "in": he(next(keys), (SETTING.inputs, width)),
         "in_bias": jnp.zeros(width),
         "hidden": he(next(keys), (width, width)),
         "hidden_bias": jnp.zeros(width),
-        "out": he(next(keys), (width, setting.outputs)),
+        "out": he(next(keys), (width, SETTING.outputs)),
     }
 
 
 @cache
-def batches(steps: int, setting: Setting = SETTING) -> tuple[jax.Array, jax.Array]:
+def batches(steps: int) -> tuple[jax.Array, jax.Array]:
     """Return inputs and what a narrow random net makes of them, a batch a step."""
-    teacher = init(37, 7, setting)
-    x = jax.random.normal(jax.random.key(8), (steps, setting.batch, setting.inputs))
+    teacher = init(37, 7)
+    x = jax.random.normal(jax.random.key(8), (steps, SETTING.batch, SETTING.inputs))
     return x, jax.vmap(partial(apply, teacher))(x)
 
 
@@ -111,10 +111,10 @@ def _train(
 
 
 @cache
-def plan(setting: Setting = SETTING) -> us.Plan:
+def plan() -> us.Plan:
     """Return the plan from the small net to the big one."""
-    small, big = (jax.eval_shape(partial(init, n, 0)) for n in (setting.small, setting.big))
-    x = jax.ShapeDtypeStruct((3, setting.inputs), jnp.float32)
+    small, big = (jax.eval_shape(partial(init, n, 0)) for n in (SETTING.small, SETTING.big))
+    x = jax.ShapeDtypeStruct((3, SETTING.inputs), jnp.float32)
     return us.plan(apply, small, apply, big, x)
 
 
