@@ -54,5 +54,7 @@ from uscale_jax._transfer_result import Transfer as Transfer
 from uscale_jax._values import scale_params as scale_params
 from uscale_jax._verify import Verification as Verification
 from uscale_jax._verify import verify as verify
+from uscale_jax.numerics._fp8 import fp8_dot_general as fp8_dot_general
+from uscale_jax.numerics._simulate import simulate_format as simulate_format
 
 __version__ = "0.1.0"

@@ -35,6 +35,11 @@ from uscale_jax.numerics._constraints import GradientMatch as GradientMatch
 from uscale_jax.numerics._constraints import constrained as constrained
 from uscale_jax.numerics._constraints import verify_gradients as verify_gradients
 from uscale_jax.numerics._convolution import conv as conv
+from uscale_jax.numerics._formats import Format as Format
+from uscale_jax.numerics._formats import number_format as number_format
+from uscale_jax.numerics._formats import quantized as quantized
+from uscale_jax.numerics._formats import saturating_cast as saturating_cast
+from uscale_jax.numerics._fp8 import Fp8DotGeneral as Fp8DotGeneral
 from uscale_jax.numerics._layers import dropout as dropout
 from uscale_jax.numerics._layers import embedding as embedding
 from uscale_jax.numerics._layers import layer_norm as layer_norm
