@@ -143,7 +143,7 @@ class _Walk:
         return Cost(total, branches)
 
     def _inner(self, eqn: JaxprEqn, turns: int) -> list[Cost]:
-        bodies = tapped._bodies(eqn)
+        bodies = tapped.bodies(eqn)
         opened = [b.jaxpr if isinstance(b, ClosedJaxpr) else b for b in bodies]
         return [self.cost(jaxpr, turns) for jaxpr in opened]
 

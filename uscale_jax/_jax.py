@@ -229,3 +229,16 @@ def bound(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
     """Returns the outputs of a program, as a list."""
     return list(jaxpr_as_fun(closed)(*args))
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """Returns the manual axes of a mesh that an array varies over (JAX 0.9: ``vma``)."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
+def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the axes that a ``shard_map`` is over (JAX 0.9: ``manual_axes``, then newly so)."""
+    [axes] = (value for key, value in params.items() if key.endswith("manual_axes"))
+    return frozenset(axes)

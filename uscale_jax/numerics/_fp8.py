@@ -285,19 +285,12 @@ def _equally_varying(lhs: jax.Array, rhs: jax.Array) -> list[jax.Array]:
 
     JAX makes the operands of its own products so, and thereby sums gradients over those axes.
     """
-    over = [_varying(x) for x in (lhs, rhs)]
+    over = [_jax.varying(x) for x in (lhs, rhs)]
     missing = [tuple(sorted((over[0] | over[1]) - own)) for own in over]
     return [
         lax.pcast(x, axes, to="varying") if axes else x
         for x, axes in zip((lhs, rhs), missing, strict=True)
     ]
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    """The manual axes an array varies over (JAX 0.9: ``vma`` of its type)."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
 
 
 def _operand(x: Any, what: str) -> jax.Array:

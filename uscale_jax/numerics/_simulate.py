@@ -14,7 +14,7 @@ from uscale_jax import _jax
 from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn
 from uscale_jax._types import Apply
 from uscale_jax.numerics._formats import Format, FormatLike, number_format, quantized
-from uscale_jax.trace.tapped import Taken, _bodies, _Run
+from uscale_jax.trace.tapped import Runner, Taken, bodies
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -112,7 +112,7 @@ def _by_arrays(
     return [jnp.asarray(leaves[i]) for i in places], call
 
 
-class _Simulated(_Run):
+class _Simulated(Runner):
     """Takes nothing; goes wherever a product is, and rounds what it reads."""
 
     def __init__(self, closed: ClosedJaxpr, forward: Format, backward: Format) -> None:
@@ -126,7 +126,7 @@ class _Simulated(_Run):
             if _sides(eqn):
                 yield base
             base += 1
-            for body in _bodies(eqn):
+            for body in bodies(eqn):
                 if _is_entered(eqn):
                     inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
                     yield from self._products(inner, base)
@@ -135,30 +135,29 @@ class _Simulated(_Run):
     def _equation(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
         if base in self.visits:
             return [_rounded(eqn, self.forward, self.backward)(*values)], {}
-        inside = range(base + 1, base + 1 + sum(map(self._size, _bodies(eqn))))
+        inside = range(base + 1, base + 1 + sum(map(self._size, bodies(eqn))))
         again = _REBUILT.get(_jax.primitive_name(eqn))
         if again is None or self.visits.isdisjoint(inside):
             return super()._equation(eqn, values, base)
         return again(self, eqn, values, base), {}
 
     def rematerialised(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        [body] = _bodies(eqn)
+        [body] = bodies(eqn)
         settings = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
         return jax.checkpoint(lambda *args: self._body(body, args, base + 1)[0], **settings)(
             *values
         )
 
     def sharded(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        [body] = _bodies(eqn)
+        [body] = bodies(eqn)
         settings = {key: eqn.params[key] for key in ("mesh", "in_specs", "out_specs", "check_vma")}
-        # JAX 0.9: manual_axes; 0.10: newly_manual_axes.
-        [axes] = (value for key, value in eqn.params.items() if key.endswith("manual_axes"))
+        axes = _jax.manual_axes(eqn.params)
         run = lambda *args: tuple(self._body(body, args, base + 1)[0])  # noqa: E731
         return [*jax.shard_map(run, axis_names=set(axes), **settings)(*values)]
 
     def looped(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
         """A ``while`` loop, whose condition may hold products too."""
-        condition, body = _bodies(eqn)
+        condition, body = bodies(eqn)
         m, n = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         first = base + 1 + self._size(condition)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from uscale_jax import _factors
 from uscale_jax._jax import ClosedJaxpr, JaxprEqn
-from uscale_jax.trace.tapped import Taken, _Run
+from uscale_jax.trace.tapped import Runner, Taken
 
 
 def run(closed: ClosedJaxpr, factors: Mapping[int, float], args: Sequence[Any]) -> list[Any]:
@@ -19,7 +19,7 @@ def run(closed: ClosedJaxpr, factors: Mapping[int, float], args: Sequence[Any]) 
     return _Multiplied(factors).closed(closed, args, 0)[0]
 
 
-class _Multiplied(_Run):
+class _Multiplied(Runner):
     """Takes nothing, and goes where taps would be."""
 
     def __init__(self, factors: Mapping[int, float]) -> None:

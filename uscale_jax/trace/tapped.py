@@ -42,7 +42,7 @@ def run(
     Taps within primitives that are run as they are (``shard_map``, solvers), and in the conditions
     of ``while`` loops, take nothing.
     """
-    return _Run(taps, results or {}, frozenset(stacked)).closed(closed, args, 0)
+    return Runner(taps, results or {}, frozenset(stacked)).closed(closed, args, 0)
 
 
 def scans(closed: ClosedJaxpr) -> dict[int, tuple[int, ...]]:
@@ -50,10 +50,10 @@ def scans(closed: ClosedJaxpr) -> dict[int, tuple[int, ...]]:
 
     What is in ``while`` loops, or is run as it is, is left out.
     """
-    return dict(_Run({}, {}, frozenset()).walk(closed.jaxpr, 0, ()))
+    return dict(Runner({}, {}, frozenset()).walk(closed.jaxpr, 0, ()))
 
 
-class _Run:
+class Runner:
     """Runs programs; ``base`` is always the visit of the first equation."""
 
     def __init__(
@@ -62,6 +62,7 @@ class _Run:
         results: Mapping[int, Tap],
         stacked: frozenset[tuple[int, int]],
     ) -> None:
+        """Keep what to take, and where."""
         self.taps, self.results, self.stacked = taps, results, stacked
         self.visits = {*taps, *results}
         self.sizes: dict[int, tuple[Any, int]] = {}
@@ -69,11 +70,13 @@ class _Run:
     def closed(
         self, closed: ClosedJaxpr, args: Sequence[Any], base: int
     ) -> tuple[list[Any], Taken]:
+        """Return what a program returns, and what was taken."""
         return self.jaxpr(closed.jaxpr, closed.consts, args, base)
 
     def jaxpr(
         self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], base: int
     ) -> tuple[list[Any], Taken]:
+        """Return the same of a program without its constants."""
         env: dict[Any, Any] = dict(
             zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
         )
@@ -88,16 +91,16 @@ class _Run:
             if base in self.results:
                 taken[base] = self.results[base](outs)
             env.update(zip(eqn.outvars, outs, strict=True))
-            base += 1 + sum(map(self._size, _bodies(eqn)))
+            base += 1 + sum(map(self._size, bodies(eqn)))
         return read(jaxpr.outvars), taken
 
     def _equation(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
-        bodies = _bodies(eqn)
-        inside = range(base + 1, base + 1 + sum(map(self._size, bodies)))
+        inner = bodies(eqn)
+        inside = range(base + 1, base + 1 + sum(map(self._size, inner)))
         if any(visit in inside for visit in self.visits):
             name = _jax.primitive_name(eqn)
             if name in _jax.CALLS:
-                return self._body(bodies[0], values, base + 1)
+                return self._body(inner[0], values, base + 1)
             if name in _LOOPS:
                 return _LOOPS[name](self, eqn, values, base)
         return _jax.bound(eqn, values), {}
@@ -111,7 +114,7 @@ class _Run:
         """How many equations are met in a program."""
         jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
         if id(jaxpr) not in self.sizes:
-            count = sum(1 + sum(map(self._size, _bodies(eqn))) for eqn in jaxpr.eqns)
+            count = sum(1 + sum(map(self._size, bodies(eqn))) for eqn in jaxpr.eqns)
             self.sizes[id(jaxpr)] = (jaxpr, count)  # the jaxpr, so that its id stays its own
         return self.sizes[id(jaxpr)][1]
 
@@ -124,13 +127,14 @@ class _Run:
             name = _jax.primitive_name(eqn)
             around = (*inside, base) if name == "scan" else inside
             base += 1
-            for body in _bodies(eqn):
+            for body in bodies(eqn):
                 if name in _jax.CALLS or name in ("cond", "scan"):
                     inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
                     yield from self.walk(inner, base, around)
                 base += self._size(body)
 
     def scan(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
+        """Return the same of a scan, what is taken added up or stacked."""
         params = eqn.params
         n, c = _jax.scan_counts(params)
         consts, init, xs = values[:n], values[n : n + c], values[n + c :]
@@ -160,7 +164,8 @@ class _Run:
     def while_loop(
         self, eqn: JaxprEqn, values: Sequence[Any], base: int
     ) -> tuple[list[Any], Taken]:
-        condition, body = _bodies(eqn)
+        """Return the same of a loop, what is taken in its body added up."""
+        condition, body = bodies(eqn)
         m, n = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         first = base + 1 + self._size(condition)
 
@@ -178,8 +183,9 @@ class _Run:
         return jax.lax.while_loop(going, step, (init, _zeros(jax.eval_shape(turn, init)[1])))
 
     def cond(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
+        """Return the same of the branch that is taken."""
         cases, base = [], base + 1
-        for body in _bodies(eqn):
+        for body in bodies(eqn):
             cases.append((body, base))
             base += self._size(body)
         shapes: Taken = {}
@@ -198,15 +204,15 @@ class _Run:
         return jax.lax.switch(values[0], [branch(*case) for case in cases], *values[1:])
 
 
-_LOOPS: dict[str, Callable[[_Run, JaxprEqn, Sequence[Any], int], tuple[list[Any], Taken]]] = {
-    "cond": _Run.cond,
-    "scan": _Run.scan,
-    "while": _Run.while_loop,
+_LOOPS: dict[str, Callable[[Runner, JaxprEqn, Sequence[Any], int], tuple[list[Any], Taken]]] = {
+    "cond": Runner.cond,
+    "scan": Runner.scan,
+    "while": Runner.while_loop,
 }
 
 
-def _bodies(eqn: JaxprEqn) -> list[Any]:
-    """The programs that the flat program enters at an equation, in its order."""
+def bodies(eqn: JaxprEqn) -> list[Any]:
+    """Returns the programs that the flat program enters at an equation, in its order."""
     name = _jax.primitive_name(eqn)
     if name in _jax.CALLS:
         return [_jax.called_program(name, eqn.params)]
