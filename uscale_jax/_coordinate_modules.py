@@ -160,7 +160,7 @@ class _Flow:
 
     def __init__(self, flat: Program, leaves: int) -> None:
         self.flat = flat
-        self.active = _active(flat, leaves)
+        self.active = readings.activations(flat, leaves)
         self.owners = self._owners(leaves)
         self.users: dict[int, list[Equation]] = {}
         for eqn in flat.equations:
@@ -263,20 +263,6 @@ class _Flow:
             pairs = zip(eqn.inputs, mine, strict=True)
             return all(own or self.of(value).plain for value, own in pairs)
         return (eqn.name in _LINEAR or is_layout(eqn.name)) and [*mine].index(True) == 0
-
-
-def _active(flat: Program, leaves: int) -> set[int]:
-    """Ids of the values that depend on inputs; what a loop carries may become one in it."""
-    active = {id(value) for value in flat.inputs[leaves:]}
-    while True:
-        before = len(active)
-        for eqn in flat.equations:
-            if any(id(value) in active for value in eqn.inputs):
-                active.update(map(id, eqn.outputs))
-                if eqn.name == "loop_close":
-                    active.add(id(eqn.inputs[0]))
-        if len(active) == before:
-            return active
 
 
 # Measuring

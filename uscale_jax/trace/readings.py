@@ -19,7 +19,7 @@ import numpy as np
 from uscale_jax.trace.atoms import Atom, leaves
 from uscale_jax.trace.description import Dims
 from uscale_jax.trace.layout import Places, units_of_places
-from uscale_jax.trace.program import Equation
+from uscale_jax.trace.program import Equation, Program
 from uscale_jax.trace.tracing import Traced
 from uscale_jax.trace.views import View, views
 
@@ -116,7 +116,8 @@ def _counted(units: Places, values: Any, size: int) -> np.ndarray[Any, Any]:
 def readings(traced: Traced) -> list[Reading]:
     """Returns all products of activations, in the order of the program."""
     program = traced.structure.program
-    seen, active = views(program, len(traced.keys)), _activations(traced)
+    count = len(traced.keys)
+    seen, active = views(program, count), activations(program, count)
     found: list[Reading] = []
     firsts: dict[Any, int] = {}
     for eqn in program.equations:
@@ -126,10 +127,9 @@ def readings(traced: Traced) -> list[Reading]:
     return [reading for reading in found if reading.summed or reading.batch]
 
 
-def _activations(traced: Traced) -> set[int]:
-    """Ids of the values that depend on inputs; what a loop carries may become one in it."""
-    program = traced.structure.program
-    active = {id(v) for v in program.inputs[len(traced.keys) :]}
+def activations(program: Program, leaves: int) -> set[int]:
+    """Returns ids of the values that depend on inputs; what a loop carries may become one in it."""
+    active = {id(v) for v in program.inputs[leaves:]}
     while True:
         before = len(active)
         for eqn in program.equations:
