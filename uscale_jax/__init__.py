@@ -48,6 +48,11 @@ from uscale_jax._select import select as select
 from uscale_jax._shrink import UnitScaleShrinkWarning as UnitScaleShrinkWarning
 from uscale_jax._shrink import shrink as shrink
 from uscale_jax._state import resize_state as resize_state
+from uscale_jax._track import Tracked as Tracked
+from uscale_jax._track import track_scales as track_scales
+from uscale_jax._track_numbers import Sizes as Sizes
+from uscale_jax._track_report import Scales as Scales
+from uscale_jax._track_rows import TrackedValue as TrackedValue
 from uscale_jax._transfer import transfer as transfer
 from uscale_jax._transfer_result import LeafTransfer as LeafTransfer
 from uscale_jax._transfer_result import Transfer as Transfer

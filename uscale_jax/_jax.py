@@ -170,6 +170,14 @@ def frames(eqn_source: Any) -> list[tuple[str, str, int]]:
     return [(frame.file_name, frame.function_name, frame.line_num) for frame in found]
 
 
+def scopes(eqn_source: Any) -> str:
+    """Returns the names of scopes around an equation, ``model/layer_0`` (``jax.named_scope``).
+
+    Within programs that others call they begin at the call (JAX 0.9 to 0.12: ``name_stack``).
+    """
+    return str(getattr(eqn_source, "name_stack", ""))
+
+
 def is_explicit(mesh: Any) -> bool:
     """Returns whether shardings over a mesh are part of types (JAX 0.9 to 0.12: axis_types)."""
     return any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
@@ -236,6 +244,12 @@ def varying(x: jax.Array) -> frozenset[str]:
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
+def spread(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Returns an array that varies over these manual axes, as ``pcast`` makes those that do not."""
+    missing = (*(axis for axis in axes if axis not in varying(x)),)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:

@@ -141,6 +141,14 @@ def _dtype_name(dtype: Any) -> str:
         return ""
 
 
+def both_ways(forward: FormatLike, backward: FormatLike | None) -> tuple[Format, Format]:
+    """Returns the formats of values and of gradients, which need more range at 8 bits."""
+    fmt = number_format(forward)
+    if backward is None:
+        backward = "float8_e5m2" if fmt.bits == 8 else fmt
+    return fmt, number_format(backward)
+
+
 def saturating_cast(x: ArrayLike, dtype: FormatLike) -> jax.Array:
     r"""Returns ``x`` in another format, what is too large as the largest number there is.
 

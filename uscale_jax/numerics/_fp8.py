@@ -285,12 +285,8 @@ def _equally_varying(lhs: jax.Array, rhs: jax.Array) -> list[jax.Array]:
 
     JAX makes the operands of its own products so, and thereby sums gradients over those axes.
     """
-    over = [_jax.varying(x) for x in (lhs, rhs)]
-    missing = [tuple(sorted((over[0] | over[1]) - own)) for own in over]
-    return [
-        lax.pcast(x, axes, to="varying") if axes else x
-        for x, axes in zip((lhs, rhs), missing, strict=True)
-    ]
+    axes = sorted(_jax.varying(lhs) | _jax.varying(rhs))
+    return [_jax.spread(x, axes) for x in (lhs, rhs)]
 
 
 def _operand(x: Any, what: str) -> jax.Array:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from uscale_jax import _jax
 from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn
 from uscale_jax._types import Apply
-from uscale_jax.numerics._formats import Format, FormatLike, number_format, quantized
+from uscale_jax.numerics._formats import Format, FormatLike, both_ways, quantized
+from uscale_jax.trace import rebuilt
 from uscale_jax.trace.tapped import Runner, Taken, bodies
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -79,37 +79,16 @@ def simulate_format(
       simulate FP8 in the same way; which tensors of a Transformer need scales: Blake et al., *Unit
       scaling*, 2023 (arXiv:2303.11257).
     """
-    forward = number_format(fmt)
-    if backward is None:
-        backward = "float8_e5m2" if forward.bits == 8 else forward
-    behind = number_format(backward)
+    forward, behind = both_ways(fmt, backward)
 
     @wraps(apply)
     def simulated(*args: Any, **kwargs: Any) -> Any:
-        arrays, call = _by_arrays(apply, args, kwargs)
+        arrays, call = rebuilt.by_arrays(apply, args, kwargs)
         closed, outputs = _jax.closed_jaxpr(call, arrays)
         found, _ = _Simulated(closed, forward, behind).closed(closed, arrays, 0)
         return jax.tree.unflatten(jax.tree.structure(outputs), found)
 
     return simulated
-
-
-def _by_arrays(
-    apply: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[jax.Array], Callable[[Sequence[Any]], Any]]:
-    """The arrays in the arguments, and ``apply`` as a function of them alone."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [
-        i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    ]
-
-    def call(arrays: Sequence[Any]) -> Any:
-        given = dict(zip(places, arrays, strict=True))
-        again = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, again)
-        return apply(*args, **kwargs)
-
-    return [jnp.asarray(leaves[i]) for i in places], call
 
 
 class _Simulated(Runner):
@@ -127,7 +106,7 @@ class _Simulated(Runner):
                 yield base
             base += 1
             for body in bodies(eqn):
-                if _is_entered(eqn):
+                if rebuilt.is_entered(eqn):
                     inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
                     yield from self._products(inner, base)
                 base += self._size(body)
@@ -142,18 +121,15 @@ class _Simulated(Runner):
         return again(self, eqn, values, base), {}
 
     def rematerialised(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        [body] = bodies(eqn)
-        settings = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-        return jax.checkpoint(lambda *args: self._body(body, args, base + 1)[0], **settings)(
-            *values
-        )
+        return rebuilt.rematerialised(eqn, self._inside(eqn, base))(*values)
 
     def sharded(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
+        run = self._inside(eqn, base)
+        return [*rebuilt.sharded(eqn, lambda *args: tuple(run(*args)))(*values)]
+
+    def _inside(self, eqn: JaxprEqn, base: int) -> Callable[..., list[Any]]:
         [body] = bodies(eqn)
-        settings = {key: eqn.params[key] for key in ("mesh", "in_specs", "out_specs", "check_vma")}
-        axes = _jax.manual_axes(eqn.params)
-        run = lambda *args: tuple(self._body(body, args, base + 1)[0])  # noqa: E731
-        return [*jax.shard_map(run, axis_names=set(axes), **settings)(*values)]
+        return lambda *args: self._body(body, args, base + 1)[0]
 
     def looped(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
         """A ``while`` loop, whose condition may hold products too."""
@@ -171,21 +147,11 @@ class _Simulated(Runner):
 
 
 _REBUILT: dict[str, Callable[[_Simulated, JaxprEqn, Sequence[Any], int], list[Any]]] = {
-    "checkpoint": _Simulated.rematerialised,
-    "remat": _Simulated.rematerialised,
-    "remat2": _Simulated.rematerialised,
-    "shard_map": _Simulated.sharded,
+    **dict.fromkeys(rebuilt.REMATERIALISED, _Simulated.rematerialised),
+    rebuilt.SHARDED: _Simulated.sharded,
     "while": _Simulated.looped,
 }
 """What the base class would inline, run as it is, or run in part."""
-
-
-def _is_entered(eqn: JaxprEqn) -> bool:
-    """Whether the programs of an equation are run; rules of the user's own would be lost."""
-    name = _jax.primitive_name(eqn)
-    if name.startswith("custom_"):
-        return False
-    return name in _jax.CALLS or name in ("cond", "scan") or name in _REBUILT
 
 
 def _sides(eqn: JaxprEqn) -> list[int]:

@@ -53,6 +53,22 @@ def scans(closed: ClosedJaxpr) -> dict[int, tuple[int, ...]]:
     return dict(Runner({}, {}, frozenset()).walk(closed.jaxpr, 0, ()))
 
 
+class Sizes:
+    """How many equations are met in programs, those of inner programs too."""
+
+    def __init__(self) -> None:
+        """Know of none yet."""
+        self.known: dict[int, tuple[Any, int]] = {}
+
+    def of(self, body: Any) -> int:
+        """Return the number for a program, closed or not."""
+        jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+        if id(jaxpr) not in self.known:
+            count = sum(1 + sum(map(self.of, bodies(eqn))) for eqn in jaxpr.eqns)
+            self.known[id(jaxpr)] = (jaxpr, count)  # the jaxpr, so that its id stays its own
+        return self.known[id(jaxpr)][1]
+
+
 class Runner:
     """Runs programs; ``base`` is always the visit of the first equation."""
 
@@ -65,7 +81,7 @@ class Runner:
         """Keep what to take, and where."""
         self.taps, self.results, self.stacked = taps, results, stacked
         self.visits = {*taps, *results}
-        self.sizes: dict[int, tuple[Any, int]] = {}
+        self._size = Sizes().of
 
     def closed(
         self, closed: ClosedJaxpr, args: Sequence[Any], base: int
@@ -109,14 +125,6 @@ class Runner:
         if isinstance(body, ClosedJaxpr):
             return self.closed(body, values, base)
         return self.jaxpr(body, (), values, base)
-
-    def _size(self, body: Any) -> int:
-        """How many equations are met in a program."""
-        jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
-        if id(jaxpr) not in self.sizes:
-            count = sum(1 + sum(map(self._size, bodies(eqn))) for eqn in jaxpr.eqns)
-            self.sizes[id(jaxpr)] = (jaxpr, count)  # the jaxpr, so that its id stays its own
-        return self.sizes[id(jaxpr)][1]
 
     def walk(
         self, jaxpr: Jaxpr, base: int, inside: tuple[int, ...]

@@ -1,0 +1,115 @@
+"""What is kept of a tensor: its size, and how its numbers lie in a format."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from uscale_jax import _factors, _jax
+from uscale_jax.numerics._formats import Format
+
+_FIELDS = ("count", "nonzero", "low", "middle", "high", "max", "under", "over")
+_MAX = _FIELDS.index("max")
+FIELDS = len(_FIELDS)
+
+# Squares are summed in three classes, so that none over- or underflows (Blue's algorithm).
+_LARGE, _SHIFT = 2.0**30, 2.0**76
+
+
+class Sizes(NamedTuple):
+    """How large the numbers of a tensor are: scalars, arrays while tracing."""
+
+    rms: Any
+    """Root mean square; NaN or infinite if a number is."""
+    max: Any
+    """The largest absolute value."""
+    underflow: Any
+    """The fraction of the numbers that are not 0 which the format rounds to 0."""
+    overflow: Any
+    """The fraction of all numbers that is larger than the format's largest one; NaN is neither."""
+    zeros: Any
+    """The fraction of all numbers that is 0 as it is."""
+
+
+def measured(x: jax.Array, fmt: Format) -> jax.Array:
+    """Returns what is kept of a tensor, (FIELDS,): counts, sums of squares, the largest number."""
+    wide = _factors.compute_dtype(jnp.finfo(x.dtype).dtype)
+    size = jnp.abs(x if jnp.iscomplexobj(x) else x.astype(wide)).astype(wide)
+    large, small = size > _LARGE, size < 1 / _LARGE
+    total = lambda v: jnp.sum(v, dtype=wide)  # noqa: E731
+    square = lambda where, scale: total(  # noqa: E731
+        jnp.square(jnp.where(where, size, jnp.zeros_like(size)) * jnp.asarray(scale, wide))
+    )
+    count = lambda where: jnp.sum(where, dtype=jnp.int32).astype(wide)  # noqa: E731
+    nonzero = size != 0
+    found = (
+        jnp.asarray(size.size, wide),
+        count(nonzero),
+        square(small, _SHIFT),
+        square(~(large | small), 1.0),
+        square(large, 1 / _SHIFT),
+        jnp.max(size, initial=0),
+        count(nonzero & (size <= fmt.smallest_subnormal / 2)),
+        count(size > fmt.max),
+    )
+    return jnp.stack(found).astype(jnp.result_type(float))
+
+
+def merged(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns what is kept of two tensors together."""
+    return (a + b).at[..., _MAX].set(jnp.maximum(a[..., _MAX], b[..., _MAX]))
+
+
+def together(kept: jax.Array) -> jax.Array:
+    """Returns what is kept of many tensors together: (..., FIELDS) to (FIELDS,)."""
+    rows = kept.reshape(-1, FIELDS)
+    return rows.sum(0).at[_MAX].set(rows[:, _MAX].max())
+
+
+def sizes(kept: jax.Array) -> Sizes:
+    """Returns sizes from what is kept, over all but the last dimension."""
+    count, nonzero, low, middle, high, largest, under, over = jnp.moveaxis(kept, -1, 0)
+    parts = jnp.stack([jnp.sqrt(low) / _SHIFT, jnp.sqrt(middle), jnp.sqrt(high) * _SHIFT])
+    # The root of a sum of squares, without squaring what the classes were made to avoid.
+    top = jnp.max(parts, axis=0)
+    safe = jnp.where((top > 0) & jnp.isfinite(top), top, jnp.ones_like(top))
+    root = safe * jnp.sqrt(jnp.square(parts / safe[None]).sum(0))
+    ratio = lambda n, of: n / jnp.where(of > 0, of, jnp.full_like(of, jnp.nan))  # noqa: E731
+    of_nonzero = jnp.where(nonzero > 0, under / jnp.maximum(nonzero, 1), jnp.zeros_like(under))
+    rms = root / jnp.sqrt(jnp.where(count > 0, count, jnp.full_like(count, jnp.nan)))
+    return Sizes(
+        rms,
+        largest,
+        jnp.where(count > 0, of_nonzero, count * jnp.nan),
+        ratio(over, count),
+        ratio(count - nonzero, count),
+    )
+
+
+def tapped(x: jax.Array, slot: jax.Array, fmt: Format) -> jax.Array:
+    """Returns ``x``; the gradient of ``slot``, (FIELDS,), is what is kept of the gradient of it."""
+    return _tapped(fmt, (*sorted(_jax.varying(slot)),), x, slot)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tapped(fmt: Format, axes: tuple[str, ...], x: jax.Array, slot: jax.Array) -> jax.Array:
+    del fmt, axes, slot
+    return x
+
+
+def _forward(
+    fmt: Format, axes: tuple[str, ...], x: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _backward(
+    fmt: Format, axes: tuple[str, ...], _: None, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return g, _jax.spread(measured(g, fmt), axes)
+
+
+_tapped.defvjp(_forward, _backward)
