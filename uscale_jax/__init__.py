@@ -56,6 +56,8 @@ from uscale_jax._track_rows import TrackedValue as TrackedValue
 from uscale_jax._transfer import transfer as transfer
 from uscale_jax._transfer_result import LeafTransfer as LeafTransfer
 from uscale_jax._transfer_result import Transfer as Transfer
+from uscale_jax._unit_result import UnitScaled as UnitScaled
+from uscale_jax._unit_scale import unit_scale as unit_scale
 from uscale_jax._values import scale_params as scale_params
 from uscale_jax._verify import Verification as Verification
 from uscale_jax._verify import verify as verify

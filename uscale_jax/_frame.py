@@ -19,6 +19,7 @@ from uscale_jax._plan import Plan
 from uscale_jax._powers import Scale, mapped
 from uscale_jax._transfer_result import Transfer
 from uscale_jax._types import Key, Tree
+from uscale_jax._unit_result import UnitScaled
 
 _Of: TypeAlias = "Callable[[Tree], _Frame]"
 
@@ -28,7 +29,7 @@ class UnitScaleFrameWarning(UserWarning):
 
 
 def scale_optimizer(
-    tx: optax.GradientTransformation, plan: Plan | Transfer, *, check: bool = True
+    tx: optax.GradientTransformation, plan: Plan | Transfer | UnitScaled, *, check: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns an optimizer under which the big model of a plan trains as the small one would.
 
@@ -70,6 +71,10 @@ def scale_optimizer(
     trained with the learning rates, ε and decay of the rule: Adam sees gradients over the factor of
     ε, parameters times that of decay, and its update takes that of the learning rate.
 
+    **Units.**  With what :func:`unit_scale` returned, the unit-scaled model is trained as the model
+    itself would be: the optimizer sees the model's own parameters and gradients, and its update is
+    divided by s.  That is exact for every optimizer.
+
     Nothing is looked up: at first use the optimizer is tried on small stand-ins for the two models
     of the plan, and where its update on copies is not the copies of its update, constants are
     divided out, and the rest is said in a :class:`UnitScaleFrameWarning`.
@@ -77,7 +82,8 @@ def scale_optimizer(
     Args:
       tx: the optimizer of the small model (to shrink: of the big one), unchanged: anything of
         optax, chains, your own.
-      plan: what :func:`plan` returned, or ``Plan.from_json``; or what :func:`transfer` returned.
+      plan: what :func:`plan` returned, or ``Plan.from_json``; or what :func:`transfer` or
+        :func:`unit_scale` returned.
       check: try the optimizer on stand-ins.  Without it nothing is divided out either.
 
     Returns:
@@ -125,7 +131,7 @@ def scale_optimizer(
       of Yang et al., *Tensor Programs V*, 2022 (arXiv:2203.03466), Table 3.
     """
     inner = optax.with_extra_args_support(tx)
-    frame = _transferred(inner, plan) if isinstance(plan, Transfer) else _either(inner, plan, check)
+    frame = _frame_of(inner, plan, check)
 
     def init(params: Tree) -> optax.OptState:
         plan, scales, corrections = frame(params)
@@ -152,9 +158,21 @@ def scale_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _transferred(inner: optax.GradientTransformationExtraArgs, rule: Transfer) -> _Of:
-    """A fresh model holds no copies: there is nothing to try the optimizer on."""
-    one = _Frame(rule.plan, _Corrections(inner, rule.plan, check=False), rule.scales())
+def _frame_of(
+    inner: optax.GradientTransformationExtraArgs, plan: Plan | Transfer | UnitScaled, check: bool
+) -> _Of:
+    if isinstance(plan, Transfer):
+        return _alone(inner, plan.plan, plan.scales())
+    if isinstance(plan, UnitScaled):
+        return _alone(inner, plan.plan, plan.frame())
+    return _either(inner, plan, check)
+
+
+def _alone(
+    inner: optax.GradientTransformationExtraArgs, plan: Plan, scales: Mapping[Key, Scale]
+) -> _Of:
+    """Of a model that holds no copies: there is nothing to try the optimizer on."""
+    one = _Frame(plan, _Corrections(inner, plan, check=False), scales)
     return lambda tree: one
 
 

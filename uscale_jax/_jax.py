@@ -7,13 +7,14 @@ and is exercised by ``tests/test_jax_contact.py`` on every JAX release the proje
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -222,7 +223,13 @@ def with_equations(
 
 
 def bound(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """Returns the results of one equation on other operands, calls and loops in it as they are.
+    """Returns the results of one equation on other operands, calls and loops in it as they are."""
+    with as_made(eqn):
+        return rebound(eqn, args)
+
+
+def rebound(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Returns the same; its line and scopes are those of the caller (:func:`as_made`).
 
     As JAX evaluates jaxprs itself (``get_bind_params`` gives functions and parameters in JAX 0.9,
     parameters alone in 0.10 to 0.12; ``ctx`` is what was set around the equation).
@@ -232,6 +239,16 @@ def bound(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*functions, *args, **params)
     return list(found) if eqn.primitive.multiple_results else [found]
+
+
+def as_made(eqn: JaxprEqn) -> AbstractContextManager[None]:
+    """Within it, operations get the line of an equation, and its scopes behind those around."""
+    info: Any = eqn.source_info
+    scopes = source_info_util.current_name_stack() + info.name_stack
+    found: AbstractContextManager[None] = source_info_util.user_context(
+        info.traceback, name_stack=scopes
+    )
+    return found
 
 
 def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:

@@ -155,6 +155,41 @@ class Tracked:
         return Scales((*values,), (*gradients,), rows, self.forward, self.backward)
 
 
+def everything(
+    apply: Apply, args: tuple[Any, ...], objective: Callable[[Any], Any] | None = None
+) -> Scales:
+    """Returns the scales of all values of a call, and of all gradients, those of inputs too.
+
+    ``objective`` is what is differentiated; else it is a scalar output, or, of any others, their
+    sum with standard normal weights.
+    """
+    tracked = track_scales(apply)
+
+    def run(args: tuple[Any, ...]) -> Scales:
+        program = _Program(tracked, args, {}, frozenset(range(len(args))))
+
+        def value(slots: Slots) -> tuple[Any, Out]:
+            outputs, kept = program.run(program.arrays, slots)
+            return (objective or _standard_objective)(outputs), kept
+
+        back, kept = jax.grad(value, has_aux=True)(program.slots())
+        return tracked._scales(program, kept, back)
+
+    return jax.jit(run)(args)
+
+
+def _standard_objective(outputs: Any) -> Any:
+    real = [x for x in jax.tree.leaves(outputs) if _track_rows.is_measured(jax.typeof(x))]
+    if len(real) == 1 and real[0].shape == ():
+        return real[0]
+    keys = jax.random.split(jax.random.key(0), max(len(real), 1))
+    terms = [
+        jnp.vdot(jax.random.normal(k, x.shape, x.dtype), x).real
+        for k, x in zip(keys, real, strict=True)
+    ]
+    return sum((term.astype(jnp.float32) for term in terms), jnp.float32(0))
+
+
 def _behind(argnum: int) -> int:
     """The place of an argument behind one more; negative ones count from the end."""
     return argnum + 1 if argnum >= 0 else argnum

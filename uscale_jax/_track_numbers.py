@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,28 +35,35 @@ class Sizes(NamedTuple):
     """The fraction of all numbers that is 0 as it is."""
 
 
+@partial(jax.jit, static_argnums=1)
 def measured(x: jax.Array, fmt: Format) -> jax.Array:
     """Returns what is kept of a tensor, (FIELDS,): counts, sums of squares, the largest number."""
     wide = _factors.compute_dtype(jnp.finfo(x.dtype).dtype)
     size = jnp.abs(x if jnp.iscomplexobj(x) else x.astype(wide)).astype(wide)
-    large, small = size > _LARGE, size < 1 / _LARGE
-    total = lambda v: jnp.sum(v, dtype=wide)  # noqa: E731
-    square = lambda where, scale: total(  # noqa: E731
-        jnp.square(jnp.where(where, size, jnp.zeros_like(size)) * jnp.asarray(scale, wide))
+    large, small, nonzero = size > _LARGE, size < 1 / _LARGE, size != 0
+    near = jnp.where(large, 1 / _SHIFT, jnp.where(small, _SHIFT, 1.0)).astype(wide)
+    square, none = jnp.square(size * near), jnp.zeros_like(size)
+    squares = [jnp.where(where, square, none) for where in (small, ~(large | small), large)]
+    counted = [nonzero, nonzero & (size <= fmt.smallest_subnormal / 2), size > fmt.max]
+    *sums, largest, filled, under, over = _reduced(
+        (*squares, size, *(where.astype(jnp.int32) for where in counted))
     )
-    count = lambda where: jnp.sum(where, dtype=jnp.int32).astype(wide)  # noqa: E731
-    nonzero = size != 0
-    found = (
-        jnp.asarray(size.size, wide),
-        count(nonzero),
-        square(small, _SHIFT),
-        square(~(large | small), 1.0),
-        square(large, 1 / _SHIFT),
-        jnp.max(size, initial=0),
-        count(nonzero & (size <= fmt.smallest_subnormal / 2)),
-        count(size > fmt.max),
-    )
-    return jnp.stack(found).astype(jnp.result_type(float))
+    found = (jnp.asarray(size.size, wide), filled, *sums, largest, under, over)
+    return jnp.stack([each.astype(jnp.result_type(float)) for each in found])
+
+
+def _reduced(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Sums, and of the fourth part the largest, in one pass: rows first, which run in parallel."""
+
+    def both(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        pairs = enumerate(zip(a, b, strict=True))
+        return (*(jnp.maximum(x, y) if i == 3 else x + y for i, (x, y) in pairs),)
+
+    zeros = (*(jnp.zeros((), part.dtype) for part in parts),)
+    ndim = parts[0].ndim
+    for dims in ((ndim - 1,), (*range(ndim - 1),)) if ndim else ():
+        parts = (*jax.lax.reduce(parts, zeros, both, dims),) if dims else parts
+    return parts
 
 
 def merged(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from uscale_jax import _jax, _tree
-from uscale_jax._jax import ClosedJaxpr
+from uscale_jax._jax import ClosedJaxpr, Literal
+from uscale_jax.numerics._scale import BACKWARD, FORWARD, OPERAND
 from uscale_jax.trace import readings, rebuilt
 from uscale_jax.trace.spots import Spot, spots
 from uscale_jax.trace.views import is_layout
@@ -72,10 +73,38 @@ def find(
 ) -> Found:
     """Returns what to track; ``names`` are those of the program's inputs."""
     here = spots(closed)
-    rows = [*_inputs(closed, names), *(row for spot in here for row in _results(spot, names))]
-    kept = [row for row in _with_names(rows) if where is None or where(row)]
+    results = (row for spot, at in _with_factors(here) for row in _results(spot, at, names))
+    rows = _with_names([*_inputs(closed, names), *results])
+    kept = [row for row in rows if where is None or where(row)]
     wanted = {row.visit for row in kept}
     return Found((*kept,), {spot.visit: spot for spot in here if spot.visit in wanted})
+
+
+def _with_factors(here: Sequence[Spot]) -> Iterator[tuple[Spot, Spot]]:
+    """Equations, and those whose results are tracked in place of theirs.
+
+    The result of a unit-scaled operation is what its factor has been applied to.
+    """
+    made = {var: spot.visit for spot in here for var in spot.eqn.outvars}
+    scaled: dict[int, Spot] = {}
+    for spot in here:
+        if _factor(spot) == FORWARD:
+            first = spot.eqn.invars[0]
+            if not isinstance(first, Literal) and first in made:
+                scaled[made[first]] = spot
+    results = {spot.visit for spot in scaled.values()}
+    for spot in here:
+        if _factor(spot) not in (BACKWARD, OPERAND) and spot.visit not in results:
+            at = spot
+            while at.visit in scaled:
+                at = scaled[at.visit]
+            yield spot, at
+
+
+def _factor(spot: Spot) -> str:
+    """Which factor an equation applies, "" of what is none."""
+    names = spot.scope.split("/")
+    return OPERAND if OPERAND in names else names[-1] if names[-1] in (FORWARD, BACKWARD) else ""
 
 
 def input_names(
@@ -121,7 +150,7 @@ def _inputs(closed: ClosedJaxpr, names: Sequence[InputName]) -> Iterator[Tracked
             yield _row(name, kind, "", "", var.aval, (), INPUTS, i)
 
 
-def _results(spot: Spot, names: Sequence[InputName]) -> Iterator[TrackedValue]:
+def _results(spot: Spot, at: Spot, names: Sequence[InputName]) -> Iterator[TrackedValue]:
     operation = _jax.primitive_name(spot.eqn)
     if not spot.varies or is_layout(operation):
         return
@@ -129,9 +158,9 @@ def _results(spot: Spot, names: Sequence[InputName]) -> Iterator[TrackedValue]:
     source = str(spot.source)
     path = _clean(spot.scope) or _leaves(spot, names)
     name = f"{path}/{operation}" if path else f"{operation} at {source}"
-    for i, var in enumerate(spot.eqn.outvars):
+    for i, var in enumerate(at.eqn.outvars):
         if is_measured(var.aval):
-            yield _row(name, kind, operation, source, var.aval, spot.turns, spot.visit, i)
+            yield _row(name, kind, operation, source, var.aval, at.turns, at.visit, i)
 
 
 def _row(

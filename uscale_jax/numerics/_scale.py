@@ -17,6 +17,10 @@ from jax.typing import ArrayLike
 from uscale_jax import _factors, _tree
 from uscale_jax._types import Factor
 
+FORWARD, BACKWARD, OPERAND = "scale_fwd", "scale_bwd", "scale_operand"
+"""Scopes of factors, by which programs tell them from what is multiplied; the last is around
+factors of what an operation reads."""
+
 # JAX's caches of traced and compiled programs are keyed by it, so that what was traced with one
 # meaning of scale_bwd is never reused with the other, under jit, scan and remat too.
 _TRUE_GRADIENTS = jax.make_user_context(False)
@@ -95,7 +99,8 @@ def scale_fwd(x: ArrayLike, s: Factor) -> jax.Array:
         return array
     if _TRUE_GRADIENTS.value:
         return _factors.multiply(array, jax.lax.stop_gradient(factor))
-    return _forward_only(array, factor)
+    with jax.named_scope(FORWARD):
+        return _forward_only(array, factor)
 
 
 def scale_bwd(x: ArrayLike, s: Factor) -> jax.Array:
@@ -130,7 +135,8 @@ def scale_bwd(x: ArrayLike, s: Factor) -> jax.Array:
     array, factor = floating(x, "scale_bwd's x"), _factors.check_factor(s, "scale_bwd's s")
     if _TRUE_GRADIENTS.value or (isinstance(factor, float) and factor == 1):
         return array
-    return _backward_only(array, factor)
+    with jax.named_scope(BACKWARD):
+        return _backward_only(array, factor)
 
 
 def scaled(f: Callable[..., Any], output: Factor, *grads: Factor) -> Callable[..., jax.Array]:

@@ -115,10 +115,11 @@ class Runner:
         inside = range(base + 1, base + 1 + sum(map(self._size, inner)))
         if any(visit in inside for visit in self.visits):
             name = _jax.primitive_name(eqn)
-            if name in _jax.CALLS:
-                return self._body(inner[0], values, base + 1)
-            if name in _LOOPS:
-                return _LOOPS[name](self, eqn, values, base)
+            with _jax.as_made(eqn):
+                if name in _jax.CALLS:
+                    return self._body(inner[0], values, base + 1)
+                if name in _LOOPS:
+                    return _LOOPS[name](self, eqn, values, base)
         return _jax.bound(eqn, values), {}
 
     def _body(self, body: Any, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:

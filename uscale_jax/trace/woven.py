@@ -81,7 +81,8 @@ class Woven:
             return _jax.bound(eqn, values), {}
         inside = {visit: x for visit, x in given.items() if base < visit <= last}
         how = _ENTERED.get(_jax.primitive_name(eqn), Woven._called)
-        return how(self, eqn, values, inside, base)
+        with _jax.as_made(eqn):
+            return how(self, eqn, values, inside, base)
 
     def _called(
         self, eqn: JaxprEqn, values: Sequence[Any], given: Given, base: int
