@@ -44,6 +44,7 @@ from uscale_jax._plan import LeafPlan as LeafPlan
 from uscale_jax._plan import Plan as Plan
 from uscale_jax._plan import PlanAxis as PlanAxis
 from uscale_jax._planning import plan as plan
+from uscale_jax._replace import with_dot_general as with_dot_general
 from uscale_jax._select import select as select
 from uscale_jax._shrink import UnitScaleShrinkWarning as UnitScaleShrinkWarning
 from uscale_jax._shrink import shrink as shrink

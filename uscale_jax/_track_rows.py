@@ -70,10 +70,15 @@ def find(
     closed: ClosedJaxpr,
     names: Sequence[InputName],
     where: Callable[[TrackedValue], bool] | None = None,
+    factors: bool = True,
 ) -> Found:
-    """Returns what to track; ``names`` are those of the program's inputs."""
+    """Returns what to track; ``names`` are those of the program's inputs.
+
+    With ``factors``, results that are multiplied by factors of their own are tracked behind them.
+    """
     here = spots(closed)
-    results = (row for spot, at in _with_factors(here) for row in _results(spot, at, names))
+    pairs = _with_factors(here) if factors else zip(here, here, strict=True)
+    results = (row for spot, at in pairs for row in _results(spot, at, names))
     rows = _with_names([*_inputs(closed, names), *results])
     kept = [row for row in rows if where is None or where(row)]
     wanted = {row.visit for row in kept}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from uscale_jax import _jax
-from uscale_jax._jax import ClosedJaxpr, Jaxpr, JaxprEqn
+from uscale_jax._jax import JaxprEqn
 from uscale_jax._types import Apply
 from uscale_jax.numerics._formats import Format, FormatLike, both_ways, quantized
 from uscale_jax.trace import rebuilt
-from uscale_jax.trace.tapped import Runner, Taken, bodies
+from uscale_jax.trace.replaced import Replaced
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -85,73 +85,11 @@ def simulate_format(
     def simulated(*args: Any, **kwargs: Any) -> Any:
         arrays, call = rebuilt.by_arrays(apply, args, kwargs)
         closed, outputs = _jax.closed_jaxpr(call, arrays)
-        found, _ = _Simulated(closed, forward, behind).closed(closed, arrays, 0)
+        rounded = lambda eqn: _rounded(eqn, forward, behind)  # noqa: E731
+        found = Replaced(closed, lambda eqn, _: bool(_sides(eqn)), rounded).run(arrays)
         return jax.tree.unflatten(jax.tree.structure(outputs), found)
 
     return simulated
-
-
-class _Simulated(Runner):
-    """Takes nothing; goes wherever a product is, and rounds what it reads."""
-
-    def __init__(self, closed: ClosedJaxpr, forward: Format, backward: Format) -> None:
-        super().__init__(taps={}, results={}, stacked=frozenset())
-        self.forward, self.backward = forward, backward
-        self.visits = {*self._products(closed.jaxpr, 0)}
-
-    def _products(self, jaxpr: Jaxpr, base: int) -> Iterator[int]:
-        """Yields the visit of every product that can be reached."""
-        for eqn in jaxpr.eqns:
-            if _sides(eqn):
-                yield base
-            base += 1
-            for body in bodies(eqn):
-                if rebuilt.is_entered(eqn):
-                    inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
-                    yield from self._products(inner, base)
-                base += self._size(body)
-
-    def _equation(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> tuple[list[Any], Taken]:
-        if base in self.visits:
-            return [_rounded(eqn, self.forward, self.backward)(*values)], {}
-        inside = range(base + 1, base + 1 + sum(map(self._size, bodies(eqn))))
-        again = _REBUILT.get(_jax.primitive_name(eqn))
-        if again is None or self.visits.isdisjoint(inside):
-            return super()._equation(eqn, values, base)
-        return again(self, eqn, values, base), {}
-
-    def rematerialised(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        return rebuilt.rematerialised(eqn, self._inside(eqn, base))(*values)
-
-    def sharded(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        run = self._inside(eqn, base)
-        return [*rebuilt.sharded(eqn, lambda *args: tuple(run(*args)))(*values)]
-
-    def _inside(self, eqn: JaxprEqn, base: int) -> Callable[..., list[Any]]:
-        [body] = bodies(eqn)
-        return lambda *args: self._body(body, args, base + 1)[0]
-
-    def looped(self, eqn: JaxprEqn, values: Sequence[Any], base: int) -> list[Any]:
-        """A ``while`` loop, whose condition may hold products too."""
-        condition, body = bodies(eqn)
-        m, n = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        first = base + 1 + self._size(condition)
-
-        def going(state: Sequence[Any]) -> Any:
-            return self.closed(condition, [*values[:m], *state], base + 1)[0][0]
-
-        def turn(state: Sequence[Any]) -> list[Any]:
-            return self.closed(body, [*values[m : m + n], *state], first)[0]
-
-        return jax.lax.while_loop(going, turn, [*values[m + n :]])
-
-
-_REBUILT: dict[str, Callable[[_Simulated, JaxprEqn, Sequence[Any], int], list[Any]]] = {
-    **dict.fromkeys(rebuilt.REMATERIALISED, _Simulated.rematerialised),
-    rebuilt.SHARDED: _Simulated.sharded,
-    "while": _Simulated.looped,
-}
-"""What the base class would inline, run as it is, or run in part."""
 
 
 def _sides(eqn: JaxprEqn) -> list[int]:
