@@ -27,7 +27,7 @@ def draw(plot: Plot) -> bytes:
     width, height = PANEL_INCHES
     figure = Figure(figsize=(width * len(plot.panels), height + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
-    every_axes = figure.subplots(1, len(plot.panels), squeeze=False, sharey=_same_bars(plot))[0]
+    every_axes = figure.subplots(1, len(plot.panels), squeeze=False, sharey=_same_axis(plot))[0]
     for axes, panel in zip(every_axes, plot.panels, strict=True):
         _draw_panel(axes, panel)
     figure.suptitle(plot.title)
@@ -37,8 +37,10 @@ def draw(plot: Plot) -> bytes:
     return content.getvalue()
 
 
-def _same_bars(plot: Plot) -> bool:
-    """Return whether all panels are bars of the same names, which then stand there once."""
+def _same_axis(plot: Plot) -> bool:
+    """Return whether panels share an axis: bars of the same names, and sizes over many octaves."""
+    if all(panel.scale == "log-y" for panel in plot.panels):
+        return True
     names = {(panel.kind, panel.series[0].x) for panel in plot.panels}
     return len(names) == 1 and plot.panels[0].kind == "bar"
 
@@ -63,7 +65,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 def _set_scale(axes: Axes, bars: bool, scale: Scale) -> None:
     """Set the scale of the values' axis, with plain numbers on it."""
     axis, set_scale = (axes.xaxis, axes.set_xscale) if bars else (axes.yaxis, axes.set_yscale)
-    if scale == "log":
+    if scale == "log-y":
+        axes.set_yscale("log", base=2)
+    elif scale == "log":
         set_scale("log")
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(ScalarFormatter())

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from benchmarks import suite
 
 Result = dict[str, Any]
-Scale = Literal["linear", "log", "symlog"]
+Scale = Literal["linear", "log", "log-y", "symlog"]
 
 
 class UsageError(Exception):

@@ -127,6 +127,14 @@ class TestValues:
         close(scales.gradients["x"], of_numpy(of_x, number_format("float8_e5m2")), 1e-5)
         assert set(own) == {"up", "down"}
 
+    def test_scopes_under_transformations(self):
+        def loss(w, x):
+            with jax.named_scope("head"):
+                return jnp.sum(jax.vmap(lambda row: jnp.sin(row @ w))(x))
+
+        scales = us.track_scales(loss)(normal(0, 5, 3), normal(1, 7, 5))[1]
+        assert [r.name for r in scales.tracked if r.kind == "product"] == ["head/dot_general"]
+
     def test_values_alone_are_an_aux_of_gradients(self):
         params, x = mlp_inputs()
         tracked = us.track_scales(mlp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,7 +61,7 @@ def _spots(
     for eqn in jaxpr.eqns:
         reads = [_label(v, labels) for v in eqn.invars]
         source = Source(eqn.source_info, around.source, around.called)
-        scope = "/".join(part for part in (around.scope, _jax.scopes(eqn.source_info)) if part)
+        scope = "/".join(part for part in (around.scope, _scope(eqn)) if part)
         results = [_combined(reads)] * len(eqn.outvars)
         entered = rebuilt.is_entered(eqn)
         if not (entered and bodies(eqn)):
@@ -74,6 +75,17 @@ def _spots(
                 results = [_label(v, own) for v in inner.outvars] if _calls(eqn) else results
             visit += sizes.of(body)
         labels.update(zip(eqn.outvars, results, strict=True))
+
+
+def _scope(eqn: JaxprEqn) -> str:
+    """The names of scopes, without those of transformations around them, ``vmap(up)``."""
+    scopes, inside = "", _jax.scopes(eqn.source_info)
+    while inside != scopes:
+        scopes, inside = inside, _TRANSFORMED.sub(r"\1", inside)
+    return "/".join(part for part in scopes.split("/") if part)
+
+
+_TRANSFORMED = re.compile(r"\w+\(([^()]*)\)")
 
 
 def _label(atom: Any, labels: Mapping[Any, Label]) -> Label:
