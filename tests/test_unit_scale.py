@@ -251,6 +251,14 @@ class TestPrograms:
         args = (0.01 * normal(0, 12, 10), normal(1, 7, 12))
         same(us.unit_scale(loss, *args), loss, args)
 
+    def test_numbers_and_objects_among_the_arguments(self):
+        def loss(params, x, factor, how):
+            return jnp.mean(jnp.square(x @ params["w"])) * factor * {"twice": 2.0}[how]
+
+        args = ({"w": 0.01 * normal(0, 12, 10), "b": None}, normal(1, 7, 12), 3.0, "twice")
+        unit = us.unit_scale(loss, *args)
+        np.testing.assert_allclose(unit.apply(unit.params, *args[1:]), loss(*args), 1e-6)
+
     def test_while_loops_without_products(self):
         def loss(w, x):
             steps = jax.lax.while_loop(lambda i: i < jnp.sum(x[0] > 0), lambda i: i + 1, 0)

@@ -165,17 +165,17 @@ def everything(
     """
     tracked = track_scales(apply)
 
-    def run(args: tuple[Any, ...]) -> Scales:
-        program = _Program(tracked, args, {}, frozenset(range(len(args))))
+    program = _Program(tracked, args, {}, frozenset(range(len(args))))
 
+    def run(arrays: Sequence[Any]) -> Scales:
         def value(slots: Slots) -> tuple[Any, Out]:
-            outputs, kept = program.run(program.arrays, slots)
+            outputs, kept = program.run(arrays, slots)
             return (objective or _standard_objective)(outputs), kept
 
         back, kept = jax.grad(value, has_aux=True)(program.slots())
         return tracked._scales(program, kept, back)
 
-    return jax.jit(run)(args)
+    return jax.jit(run)(program.arrays)
 
 
 def _standard_objective(outputs: Any) -> Any:
