@@ -332,3 +332,13 @@ def test_mse():
     assert loss == pytest.approx(2, rel=0.02)
     np.testing.assert_allclose([*map(rms, grads)], 1, atol=0.02)
     assert un.mse(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mult", [0.5, 1.0, 3.0])
+def test_softmax_under_a_constraint_has_the_gradients_of_what_it_returns(mult):
+    x, g = normal(3, 11, 7), normal(4, 11, 7)
+    y, pull = jax.vjp(lambda x: un.softmax(x, mult=mult), x)
+    s = float(jnp.sum(y[0]))
+    own, plain = jax.vjp(lambda x: s * jax.nn.softmax(mult * x), x)
+    np.testing.assert_allclose(y, own, 1e-5)
+    np.testing.assert_allclose(pull(g)[0], plain(g)[0], 1e-4, 1e-6)

@@ -28,7 +28,7 @@ def softmax(
     r"""Returns softmax at scale one: probabilities times a constant.
 
     .. math:: y = s\, p, \quad p = \operatorname{softmax}(m x), \qquad
-              \bar x_i = b\, p_i \big(\bar y_i - {\textstyle\sum_j} p_j \bar y_j\big)
+              \bar x_i = b\,m\, p_i \big(\bar y_i - {\textstyle\sum_j} p_j \bar y_j\big)
 
     with s = 1 / RMS p and b the same for gradients, over n normal x: one-dimensional integrals,
     exact for every n and m, by quadrature.  Of flat predictions s = n, of hard ones √n;
@@ -68,8 +68,8 @@ def softmax(
         )
     n = max(logits.shape[axis], 1)
     moments = _quadrature.softmax_moments(n, m)
-    s, b = constrained(constraint, n / _root(moments.square), n / _root(moments.spread))
-    return scaled(lambda z: jax.nn.softmax(scale_fwd(z, m), axis), s, b)(logits)
+    s, b = constrained(constraint, n / _root(moments.square), n / (m * _root(moments.spread)))
+    return scaled(lambda z: jax.nn.softmax(scale_fwd(z, m), axis), s, m * b)(logits)
 
 
 def attention(

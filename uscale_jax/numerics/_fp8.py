@@ -81,8 +81,7 @@ def fp8_dot_general(
 
     with x and w the operands (lhs and rhs), s scales, m multipliers and Q the cast that saturates,
     :func:`saturating_cast`.  Sums are float32.  A fraction is one number, known before compilation,
-    by which sums are multiplied: on GPUs a part of the product (``alpha`` of cuBLASLt) or of what
-    follows.  No pass over operands finds their largest values: scales are given, and are 1 where
+    by which sums are multiplied: on GPUs a part of the product (a scale of cuBLASLt's).  No pass over operands finds their largest values: scales are given, and are 1 where
     tensors have unit scale.  x_8 and w_8 are kept for the backward pass, a byte an element.
 
     **Scales** change no result but for rounding and saturation: choose them so that s times what
@@ -176,8 +175,8 @@ def _forward(
     how: _Product, lhs: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     dot = how.dot
-    lhs8 = _formats.scaled_cast(lhs, dot.forward, dot.lhs_scale)
-    rhs8 = _formats.scaled_cast(rhs, dot.forward, dot.rhs_scale)
+    lhs8 = _formats.scaled_cast(_opaque(lhs), dot.forward, dot.lhs_scale)
+    rhs8 = _formats.scaled_cast(_opaque(rhs), dot.forward, dot.rhs_scale)
     settings = {"precision": how.precision, "out_sharding": how.out_sharding}
     factor, dtype = _fraction(dot, "out"), how.dtypes[2]
     return _multiplied(lhs8, rhs8, how.numbers, factor, dtype, **settings), (lhs8, rhs8)
@@ -251,7 +250,14 @@ def _multiplied(
     exact = dtype == jnp.bfloat16 and math.frexp(factor)[0] == 0.5
     wide = jnp.dtype(jnp.bfloat16 if exact else jnp.float32)
     out = lax.dot_general(lhs8, rhs8, numbers, preferred_element_type=wide, **settings)
-    return (out if factor == 1 else out * jnp.asarray(factor, wide)).astype(dtype)
+    if factor != 1:
+        # XLA shares one constant among all products of a shape, and then folds it into none of
+        # them.  Behind a barrier with an operand it is one of its own, which becomes a scale of
+        # the product; the operand itself is not taken from there, for a transposition could not be
+        # fused into it.
+        scale, _ = lax.optimization_barrier((jnp.asarray(factor, jnp.float32), rhs8))
+        out = out * scale.astype(wide)
+    return out.astype(dtype)
 
 
 def _fraction(dot: Fp8DotGeneral, of: str) -> float:
@@ -262,6 +268,12 @@ def _fraction(dot: Fp8DotGeneral, of: str) -> float:
         "rhs_grad": dot.grad_scale * dot.lhs_scale,
     }
     return getattr(dot, f"{of}_multiplier") / scales[of]
+
+
+def _opaque(x: jax.Array) -> jax.Array:
+    """x in the dtype of a cast, as one operation, which XLA does not make again for each reader."""
+    wide = x.astype(_factors.compute_dtype(x.dtype))
+    return wide * lax.optimization_barrier(jnp.ones((), wide.dtype))
 
 
 def _others(ndim: int, *dims: int) -> tuple[int, ...]:
