@@ -81,8 +81,9 @@ def fp8_dot_general(
 
     with x and w the operands (lhs and rhs), s scales, m multipliers and Q the cast that saturates,
     :func:`saturating_cast`.  Sums are float32.  A fraction is one number, known before compilation,
-    by which sums are multiplied: on GPUs a part of the product (a scale of cuBLASLt's).  No pass over operands finds their largest values: scales are given, and are 1 where
-    tensors have unit scale.  x_8 and w_8 are kept for the backward pass, a byte an element.
+    by which sums are multiplied: on GPUs a part of the product, one of cuBLASLt's scales.  No pass
+    over operands finds their largest values: scales are given, and are 1 where tensors have unit
+    scale.  x_8 and w_8 are kept for the backward pass, a byte an element.
 
     **Scales** change no result but for rounding and saturation: choose them so that s times what
     is scaled has a standard deviation near 1 (``float8_e4m3fn`` rounds well from about 2^-5 to
@@ -271,7 +272,7 @@ def _fraction(dot: Fp8DotGeneral, of: str) -> float:
 
 
 def _opaque(x: jax.Array) -> jax.Array:
-    """x in the dtype of a cast, as one operation, which XLA does not make again for each reader."""
+    """An operand in the dtype of its cast, as one operation that XLA makes once for all readers."""
     wide = x.astype(_factors.compute_dtype(x.dtype))
     return wide * lax.optimization_barrier(jnp.ones((), wide.dtype))
 
