@@ -152,7 +152,7 @@ _POWERS = {
         (
             *("abs", "cummax", "cummin", "cumsum", "dynamic_slice", "gather", "neg", "psum"),
             *("psum_invariant", "real", "reduce_max", "reduce_min", "reduce_sum"),
-            *("reduce_window_max", "reduce_window_sum", "select_and_gather_add"),
+            *("reduce_window_max", "reduce_window_sum"),
         ),
         1.0,
     ),
