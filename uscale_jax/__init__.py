@@ -17,6 +17,7 @@ from uscale_jax._budget import Budget as Budget
 from uscale_jax._budget import BudgetAxis as BudgetAxis
 from uscale_jax._budget import budget as budget
 from uscale_jax._chain_order import UnitScaleOrderWarning as UnitScaleOrderWarning
+from uscale_jax._checkpoint import resize_checkpoint as resize_checkpoint
 from uscale_jax._clip import clip_by_global_norm as clip_by_global_norm
 from uscale_jax._compensate import compensate as compensate
 from uscale_jax._coordinate_report import CoordinateCheck as CoordinateCheck

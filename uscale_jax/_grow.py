@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from uscale_jax import _factors, _jax, _symmetry, _tree
 from uscale_jax._plan import LeafPlan, Plan
 from uscale_jax._symmetry import AMOUNTS, Dimensions
 from uscale_jax._types import Key, Tree
+from uscale_jax._work import Work, resized_sharding
 from uscale_jax.trace.units import NEW_MEAN
 
 
@@ -90,12 +91,9 @@ def grow(
     """
     keys, leaves, treedef = _tree.flatten_named(params)
     sources = matched(plan, keys, leaves)
-    _check_symmetry(symmetry, key)
+    makings = list(work(plan, symmetry, amount, key))
     _check_finite(keys, leaves)
-    grown = []
-    for i, leaf in enumerate(plan.leaves.values()):
-        own = None if key is None else jax.random.fold_in(key, i)
-        grown.append(_grow(sources[leaf.source], leaf, symmetry, amount, own))
+    grown = [each.run(sources[each.source]) for each in makings]
     same = [leaf.key for leaf in plan.leaves.values()] == keys
     tree = jax.tree.unflatten(treedef, grown) if same else plan.unflatten(grown)
     if verify and plan.models is not None and plan.exact and not any(map(_jax.is_traced, leaves)):
@@ -103,6 +101,21 @@ def grow(
 
         check(plan, plan.models.small, params, plan.models.big, tree, *plan.models.inputs)
     return tree
+
+
+def work(
+    plan: Plan, symmetry: str | None, amount: float | None, key: jax.Array | None
+) -> Iterator[Work]:
+    """Yields how every leaf of the big model is made, in the order of the plan.
+
+    Raises:
+      ValueError: ``symmetry`` is none of those there are, or needs a key.
+    """
+    _check_symmetry(symmetry, key)
+    for i, leaf in enumerate(plan.leaves.values()):
+        own = None if key is None else jax.random.fold_in(key, i)
+        run = partial(_grow, plan=leaf, symmetry=symmetry, amount=amount, key=own)
+        yield Work(leaf.key, leaf.source, leaf.big, run)
 
 
 def matched(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[Key, Any]:
@@ -121,7 +134,7 @@ def matched(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[K
     if not lines:
         return given
     big = {leaf.key: leaf.big for leaf in plan.leaves.values()}
-    is_big = all(key in big and jnp.shape(x) == big[key] for key, x in given.items())
+    is_big = all(key in big and np.shape(x) == big[key] for key, x in given.items())
     first = "these are the big model's parameters" if is_big else "this tree does not fit the plan"
     advice = (
         "Expected: the parameters of the plan's small model. Fix: pass those, or make a plan for "
@@ -161,7 +174,7 @@ def _check_finite(keys: Sequence[Key], leaves: Sequence[Any]) -> None:
         for key, leaf in zip(keys, leaves, strict=True)
         if not _jax.is_traced(leaf) and _factors.is_scaled(leaf)
     ]
-    flags = jax.device_get([_has_nan(leaf) for _, leaf in floating])
+    flags = jax.device_get([has_nan(leaf) for _, leaf in floating])
     bad = [_tree.name(key) for (key, _), flag in zip(floating, flags, strict=True) if flag]
     if bad:
         raise ValueError(
@@ -171,20 +184,27 @@ def _check_finite(keys: Sequence[Key], leaves: Sequence[Any]) -> None:
 
 
 @jax.jit
-def _has_nan(leaf: jax.Array) -> jax.Array:
+def has_nan(leaf: jax.Array) -> jax.Array:
+    """Returns whether there is a NaN in an array."""
     return jnp.any(jnp.isnan(leaf))
 
 
 def _grow(
-    leaf: Any, plan: LeafPlan, symmetry: str | None, amount: float | None, key: jax.Array | None
+    leaf: Any,
+    sharding: jax.sharding.NamedSharding | None = None,
+    *,
+    plan: LeafPlan,
+    symmetry: str | None,
+    amount: float | None,
+    key: jax.Array | None,
 ) -> Any:
     """One leaf; leaves of equal shapes share a compiled program, whatever their maps."""
     if not plan.floating and all(old is None for old in plan.maps):
         return leaf
     which = Dimensions({}, {}) if symmetry is None else _symmetry.dimensions(plan, symmetry)
     kind = symmetry if which.readers or which.makers else None
-    sharding = None if _jax.is_traced(leaf) else resized_sharding(leaf, plan.big)
-    run = _program(sharding, kind, plan.zero, plan.big, plan.floating)
+    place = sharding or resized_sharding(leaf, plan.big)
+    run = _program(place, kind, plan.zero, plan.big, plan.floating)
     chosen = AMOUNTS.get(symmetry or "", 0.0) if amount is None else amount
     return run(leaf, plan.maps, plan.averages, plan.factors, plan.shift, which, chosen, key)
 
@@ -205,21 +225,6 @@ def _program(
         placed = jax.sharding.auto_axes(run, out_sharding=sharding)
         return jax.jit(placed, out_shardings=sharding)
     return jax.jit(run, out_shardings=sharding)
-
-
-def resized_sharding(leaf: Any, shape: Sequence[int]) -> jax.sharding.NamedSharding | None:
-    """Returns the leaf's named sharding for another shape, less what does not divide it."""
-    old = getattr(leaf, "sharding", None)
-    if not isinstance(old, jax.sharding.NamedSharding):
-        return None
-    counts = _jax.shard_counts(old.spec, len(shape), old.mesh)
-    entries = [*old.spec, *[None] * (len(shape) - len(old.spec))]
-    kept = [
-        entry if size % count == 0 else None
-        for entry, size, count in zip(entries, shape, counts, strict=True)
-    ]
-    spec = jax.sharding.PartitionSpec(*kept)
-    return jax.sharding.NamedSharding(old.mesh, spec, memory_kind=old.memory_kind)
 
 
 def _grown(

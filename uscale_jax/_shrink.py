@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from uscale_jax._reconstruct import refitted
 from uscale_jax._select import Selected, chosen
 from uscale_jax._types import Key, Tree
 from uscale_jax._verify import verify
+from uscale_jax._work import Work
 
 _UNCHANGED = 1e-3
 """Relative change of outputs below which a model is as usable as it was."""
@@ -123,11 +125,17 @@ def _warn(small: Tree, params: Tree, selected: Selected, method: str) -> None:
 def _mapped(params: Tree, plan: Plan) -> Tree:
     keys, leaves, treedef = _tree.flatten_named(params)
     given = fitting(plan, keys, leaves)
-    kept = {leaf.source: leaf for leaf in reversed(list(plan.leaves.values())) if not leaf.new}
-    small = {source: _shrunk(given[leaf.key], leaf) for source, leaf in kept.items()}
+    small = {each.key: each.run(given[each.source]) for each in work(plan)}
     if set(small) == set(keys):
         return jax.tree.unflatten(treedef, [small[key] for key in keys])
     return plan.unflatten_small(small)
+
+
+def work(plan: Plan) -> Iterator[Work]:
+    """Yields how every leaf of the small model is made, without importance."""
+    kept = {leaf.source: leaf for leaf in reversed(list(plan.leaves.values())) if not leaf.new}
+    for source, leaf in kept.items():
+        yield Work(source, leaf.key, leaf.small, partial(_shrunk, plan=leaf))
 
 
 def fitting(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[Key, Any]:
@@ -143,7 +151,7 @@ def fitting(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[K
     lines += [
         f"  {_tree.name(key)!r} is {_tree.describe(given[key])}, the plan makes {leaf.big}"
         for key, leaf in wanted.items()
-        if key in given and tuple(jnp.shape(given[key])) != leaf.big
+        if key in given and tuple(np.shape(given[key])) != leaf.big
     ]
     if lines:
         advice = (
@@ -154,11 +162,15 @@ def fitting(plan: Plan, keys: Sequence[Key], leaves: Sequence[Any]) -> Mapping[K
     return given
 
 
-def _shrunk(leaf: Any, plan: LeafPlan) -> Any:
+def _shrunk(
+    leaf: Any, sharding: jax.sharding.NamedSharding | None = None, *, plan: LeafPlan
+) -> Any:
     maps = plan.maps_of(new_layers=False)
     if not plan.floating:
-        return _first_copies(leaf, maps)
-    return _jitted(leaf, maps, (*plan.factors, *plan.copies), plan.shift, plan.small)
+        small = _first_copies(leaf, maps)
+        return small if sharding is None else jax.device_put(small, sharding)
+    divisors = (*plan.factors, *plan.copies)
+    return _program(sharding)(leaf, maps, divisors, plan.shift, plan.small)
 
 
 def _first_copies(leaf: Any, maps: Sequence[Indices | None]) -> Any:
@@ -188,7 +200,10 @@ def _summed(
     return _jax.with_weak_type((x - constant).astype(leaf.dtype), leaf)
 
 
-_jitted = jax.jit(_summed, static_argnames="shape")
+@cache
+def _program(sharding: jax.sharding.NamedSharding | None) -> Callable[..., Any]:
+    """The compiled program, for results that are placed by JAX or as they shall be."""
+    return jax.jit(_summed, static_argnames="shape", out_shardings=sharding)
 
 
 def sum_copies(x: jax.Array, axis: int, old: Any, size: int) -> jax.Array:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,13 +29,10 @@ from uscale_jax._places import (
     without,
 )
 from uscale_jax._plan import LeafPlan, Plan
-from uscale_jax._powers import Power, Terms, measure, terms, times
-from uscale_jax._shrink import sum_copies
+from uscale_jax._powers import Power, Terms, measure, terms
+from uscale_jax._state_arrays import copies_along, grown, run, shrunk, zeros
 from uscale_jax._types import Key
-
-Copies: TypeAlias = tuple[Any, Any, Any]
-"""Along a dimension of the big leaf: the unit of every place; per unit, its first place and how
-many copies there are."""
+from uscale_jax._work import Work
 
 
 def resize_state(
@@ -103,20 +99,31 @@ def resize_state(
       Ma et al., *μP upscaling*, 2026 (arXiv:2602.10545): moments are divided by (m n) and its
       square.
     """
+    resizing = resizing_of(opt_state, plan, optimizer, new_layers)
+    _check_finite(resizing.arrays)
+    if optimizer is None:
+        warn_of_numbers(resizing.arrays, plan, stacklevel=3)
+    return resizing.tree(opt_state)
+
+
+def resizing_of(
+    opt_state: Any, plan: Plan, optimizer: optax.GradientTransformation | None, new_layers: str
+) -> Resizing:
+    """Returns the way from a state to that of the other model; shapes and dtypes will do.
+
+    Raises:
+      ValueError: see :func:`resize_state`.
+    """
     if new_layers not in ("mapped", "zeros"):
         raise ValueError(f"new_layers={new_layers!r} is neither 'mapped' nor 'zeros'.")
     keys, leaves, _ = _tree.flatten_named(opt_state)
     arrays = {k: x for k, x in zip(keys, leaves, strict=True) if hasattr(x, "dtype")}
     found = places(arrays, plan)
-    _check_finite(arrays)
-    if optimizer is None:
-        _warn_of_numbers(arrays, plan)
     powers = None if optimizer is None else measure(optimizer, plan, part_of(found))
-    zeros = new_layers == "zeros"
-    return _Resizing(plan, arrays, found, grows(found), zeros, powers).tree(opt_state)
+    return Resizing(plan, arrays, found, grows(found), new_layers == "zeros", powers)
 
 
-def _warn_of_numbers(arrays: Mapping[Key, Any], plan: Plan) -> None:
+def warn_of_numbers(arrays: Mapping[Key, Any], plan: Plan, *, stacklevel: int) -> None:
     """A number per leaf may be a sum over its elements, which copies add to, or no such sum."""
     floating = {key: x for key, x in arrays.items() if _factors.is_scaled(x)}
     kept = [_tree.name(key) for key in numbers(floating, plan)]
@@ -126,14 +133,14 @@ def _warn_of_numbers(arrays: Mapping[Key, Any], plan: Plan) -> None:
             "If it is a sum over the elements of the leaf (NovoGrad's second moment) it is too "
             "small for the big model until it has followed. Fix: an elementwise optimizer.",
             UnitScaleFrameWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
 def _check_finite(arrays: Mapping[Key, Any]) -> None:
     """Refuses NaN before it is copied all over a larger state."""
     concrete = {k: x for k, x in arrays.items() if not _jax.is_traced(x) and _factors.is_scaled(x)}
-    flags = jax.device_get([_grow._has_nan(x) for x in concrete.values()])
+    flags = jax.device_get([_grow.has_nan(x) for x in concrete.values()])
     bad = [_tree.name(key) for key, flag in zip(concrete, flags, strict=True) if flag]
     if bad:
         raise ValueError(
@@ -143,7 +150,7 @@ def _check_finite(arrays: Mapping[Key, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Resizing:
+class Resizing:
     """The way from a state of one model to that of the other."""
 
     plan: Plan
@@ -152,6 +159,8 @@ class _Resizing:
     grows: bool
     zeros: bool
     powers: Mapping[Key, Power | None] | None
+    do: Callable[[Any, Work], Any] = lambda x, work: work.run(x)
+    """What becomes of an array and of how the other model's is made from it."""
 
     def tree(self, state: Any) -> Any:
         """Returns the state of the other model."""
@@ -217,13 +226,17 @@ class _Resizing:
         maps = leaf.maps_of(new_layers=self.grows and not self.zeros)
         maps = (*[None] * form.lead, *without(maps, form.missing))
         if not self.grows:
-            copies = [_copies(old, size) for old, size in zip(maps, shape, strict=True)]
-            return _run(_shrunk, x, shape, tuple(copies), factors)
+            copies = [copies_along(old, size) for old, size in zip(maps, shape, strict=True)]
+            return self._do(key, x, shrunk, shape, tuple(copies), factors)
         if leaf.new and self.zeros:
-            return _run(_zeros, x, shape)
+            return self._do(key, x, zeros, shape)
         means = leaf.averages or ((),) * len(leaf.small)
         means = (*[()] * form.lead, *without(means, form.missing))
-        return _run(_grown, x, shape, maps, means, factors)
+        return self._do(key, x, grown, shape, maps, means, factors)
+
+    def _do(self, key: Key, x: Any, program: Any, shape: tuple[int, ...], *args: Any) -> Any:
+        making = partial(run, program=program, args=args, shape=shape)
+        return self.do(x, Work(key, key, shape, making))
 
     def _power(self, key: Key, x: Any) -> Power | None:
         """With what the array scales; None where it does not matter."""
@@ -280,68 +293,3 @@ class _Resizing:
             f"{leaf.small} in the small model and {leaf.big} in the big one, where optax would "
             f"keep that over dimension {wanted}. Fix: start Adafactor's state anew, with init."
         )
-
-
-def _copies(old: Any, size: int) -> Copies | None:
-    """What the mean over copies needs to know about a dimension."""
-    if old is None:
-        return None
-    first = np.zeros(size, np.int64)
-    there = np.flatnonzero(old >= 0)[::-1]
-    first[old[there]] = there
-    return old, first, np.bincount(old[old >= 0], minlength=size)
-
-
-def _run(program: Any, x: Any, shape: tuple[int, ...], *args: Any) -> Any:
-    """The program's result, sharded as x is where it is; equal shapes share a compilation."""
-    sharding = None if _jax.is_traced(x) else _grow.resized_sharding(x, shape)
-    return _compiled(program, sharding, shape)(x, *args)
-
-
-@cache
-def _compiled(program: Any, sharding: Any, shape: tuple[int, ...]) -> Any:
-    run = partial(program, shape=shape)
-    if sharding is None:
-        return jax.jit(run)
-    if _jax.is_explicit(sharding.mesh):
-        run = partial(jax.sharding.auto_axes(run, out_sharding=sharding))
-    return jax.jit(run, out_shardings=sharding)
-
-
-def _grown(
-    x: jax.Array, maps: Any, means: Any, factors: Terms, *, shape: tuple[int, ...]
-) -> jax.Array:
-    del shape  # the maps make it
-    if not _factors.is_scaled(x):
-        return _grow._placed(x, maps)
-    wide = _grow._placed(x.astype(_factors.compute_dtype(x.dtype)), maps, means)
-    return _jax.with_weak_type(times(wide, factors).astype(x.dtype), x)
-
-
-def _shrunk(
-    x: jax.Array, copies: tuple[Copies | None, ...], factors: Terms, *, shape: tuple[int, ...]
-) -> jax.Array:
-    del shape
-    wide = x
-    if _factors.is_scaled(x):
-        wide = times(x.astype(_factors.compute_dtype(x.dtype)), factors)
-    for axis, each in enumerate(copies):
-        wide = wide if each is None else _mean(wide, axis, each)
-    return _jax.with_weak_type(wide.astype(x.dtype), x)
-
-
-def _mean(x: jax.Array, axis: int, copies: Copies) -> jax.Array:
-    """The mean over copies, as the first one and the mean difference from it: equal ones stay."""
-    old, first, count = copies
-    start = jnp.take(x, first, axis=axis)
-    if not _factors.is_scaled(x):
-        return start
-    size = len(first)
-    apart = x - jnp.take(start, jnp.maximum(old, 0), axis=axis)
-    total = sum_copies(apart, axis, old, size)
-    each = count.reshape([-1 if i == axis else 1 for i in range(x.ndim)]).astype(x.real.dtype)
-    return start + total / each
-
-
-def _zeros(x: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    return _jax.with_weak_type(jnp.zeros(shape, x.dtype), x)
