@@ -253,10 +253,10 @@ def _multiplied(
     out = lax.dot_general(lhs8, rhs8, numbers, preferred_element_type=wide, **settings)
     if factor != 1:
         # XLA shares one constant among all products of a shape, and then folds it into none of
-        # them.  Behind a barrier with an operand it is one of its own, which becomes a scale of
-        # the product; the operand itself is not taken from there, for a transposition could not be
-        # fused into it.
-        scale, _ = lax.optimization_barrier((jnp.asarray(factor, jnp.float32), rhs8))
+        # them.  Behind a barrier with the operands, no two products' being the same, it is one of
+        # its own, which becomes a scale of the product.  Operands are not taken from there, for a
+        # transposition could not be fused into them.
+        scale, *_ = lax.optimization_barrier((jnp.asarray(factor, jnp.float32), lhs8, rhs8))
         out = out * scale.astype(wide)
     return out.astype(dtype)
 
