@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 from flax import linen as nn
 
@@ -12,53 +16,73 @@ from benchmarks.models.functional import (
     swiglu,
 )
 
+DotGeneral = Callable[..., jax.Array]
+
 
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
     config: TransformerConfig
+    dot_general: DotGeneral | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the mixed values, shaped like ``x``."""
         c = self.config
-        query = nn.DenseGeneral((c.heads, c.head_dim), use_bias=False, name="query")(x)
-        key = nn.DenseGeneral((c.kv_heads, c.head_dim), use_bias=False, name="key")(x)
-        value = nn.DenseGeneral((c.kv_heads, c.head_dim), use_bias=False, name="value")(x)
+        project = partial(
+            nn.DenseGeneral, use_bias=False, dot_general=self.dot_general, dtype=self.dtype
+        )
+        query = project((c.heads, c.head_dim), name="query")(x)
+        key = project((c.kv_heads, c.head_dim), name="key")(x)
+        value = project((c.kv_heads, c.head_dim), name="value")(x)
         mixed = causal_attention(query, key, value, c.rope_base)
-        return nn.DenseGeneral(c.hidden, axis=(-2, -1), use_bias=False, name="out")(mixed)
+        return project(c.hidden, axis=(-2, -1), name="out")(mixed)
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward layer."""
 
     config: TransformerConfig
+    dot_general: DotGeneral | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array shaped like ``x``."""
-        gate = nn.Dense(self.config.mlp, use_bias=False, name="gate")(x)
-        up = nn.Dense(self.config.mlp, use_bias=False, name="up")(x)
-        return nn.Dense(self.config.hidden, use_bias=False, name="down")(swiglu(gate, up))
+        dense = partial(nn.Dense, use_bias=False, dot_general=self.dot_general, dtype=self.dtype)
+        gate = dense(self.config.mlp, name="gate")(x)
+        up = dense(self.config.mlp, name="up")(x)
+        return dense(self.config.hidden, name="down")(swiglu(gate, up))
 
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
     config: TransformerConfig
+    dot_general: DotGeneral | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the residual stream after the block."""
-        normed = nn.RMSNorm(name="attention_norm")(x)
-        x = x + Attention(self.config, name="attention")(normed)
-        return x + MLP(self.config, name="mlp")(nn.RMSNorm(name="mlp_norm")(x))
+        how = self.config, self.dot_general, self.dtype
+        normed = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
+        x = x + Attention(*how, name="attention")(normed)
+        normed = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
+        return x + MLP(*how, name="mlp")(normed)
 
 
 class Transformer(nn.Module):
-    """Token ids (batch, seq) to next-token logits (batch, seq, vocab)."""
+    """Token ids (batch, seq) to next-token logits (batch, seq, vocab).
+
+    ``dot_general`` multiplies in the linear layers of blocks, not in the readout; ``dtype`` is that
+    of activations, by default that of the parameters.
+    """
 
     config: TransformerConfig
+    dot_general: DotGeneral | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -66,7 +90,8 @@ class Transformer(nn.Module):
         c = self.config
         embedding_init = nn.initializers.normal(EMBEDDING_STDDEV)
         x = nn.Embed(c.vocab, c.hidden, embedding_init=embedding_init, name="embed")(tokens)
+        x = x.astype(self.dtype or x.dtype)
         for layer in range(c.layers):
-            x = Block(c, name=f"blocks_{layer}")(x)
-        x = nn.RMSNorm(name="norm")(x)
-        return nn.Dense(c.vocab, use_bias=False, name="readout")(x)
+            x = Block(c, self.dot_general, self.dtype, name=f"blocks_{layer}")(x)
+        x = nn.RMSNorm(dtype=self.dtype, name="norm")(x)
+        return nn.Dense(c.vocab, use_bias=False, dtype=self.dtype, name="readout")(x)

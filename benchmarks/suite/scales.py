@@ -143,11 +143,15 @@ def _listed(scales: us.Scales) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "kind": row.kind,
-            "value": [*map(float, values[row.name])],
-            "gradient": [*map(float, gradients[row.name])] if row.name in gradients else None,
+            "value": _rounded(values[row.name]),
+            "gradient": _rounded(gradients[row.name]) if row.name in gradients else None,
         }
         for row in scales.tracked
     ]
+
+
+def _rounded(sizes: us.Sizes) -> list[float]:
+    return [float(f"{float(number):.4g}") for number in sizes]
 
 
 def run_cost(options: Options, progress: Progress) -> Result:

@@ -40,6 +40,9 @@ from uscale_jax.numerics._formats import number_format as number_format
 from uscale_jax.numerics._formats import quantized as quantized
 from uscale_jax.numerics._formats import saturating_cast as saturating_cast
 from uscale_jax.numerics._fp8 import Fp8DotGeneral as Fp8DotGeneral
+from uscale_jax.numerics._fp8_unit import UnitFp8DotGeneral as UnitFp8DotGeneral
+from uscale_jax.numerics._fp8_unit import fp8_linear as fp8_linear
+from uscale_jax.numerics._fp8_unit import unit_fp8_dot_general as unit_fp8_dot_general
 from uscale_jax.numerics._layers import dropout as dropout
 from uscale_jax.numerics._layers import embedding as embedding
 from uscale_jax.numerics._layers import layer_norm as layer_norm
