@@ -8,6 +8,7 @@ Array([[ 0.5, -1. ,  1.5]], dtype=float32)
 >>> tx = optax.chain(optax.adam(1e-3), us.unit_scale_lr(0.5))  # learning rate α/k = 2α
 """
 
+from uscale_jax import hf as hf
 from uscale_jax._axes import Axes as Axes
 from uscale_jax._axes import Axis as Axis
 from uscale_jax._axes import Concatenation as Concatenation

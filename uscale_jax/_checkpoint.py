@@ -138,8 +138,8 @@ def resize_checkpoint(
     """
     orbax()
     there, here = checked_paths(source, target)
-    items = _items(items_of(there))
-    found = located(_whole(items), plan, params, opt_state)
+    parts = items(items_of(there))
+    found = located(whole(parts), plan, params, opt_state)
     states = {
         place: resizing_of(node_at(found.tree, place), plan, optimizer, new_layers)
         for place in found.states
@@ -153,28 +153,29 @@ def resize_checkpoint(
     where = placed(tree, shardings)
     size = sum(size_of(made.shape, made.source.dtype) for made in arrays_in(tree).values())
     check_room(here, size)
-    lists = lists_in(tree, frozenset[Key]().union(*(item.lists for item in items.values())))
+    lists = lists_in(tree, frozenset[Key]().union(*(item.lists for item in parts.values())))
     shown = progress if jax.process_index() == 0 else False
     with (
         building(here) as data,
         _progress.progress(f"resize {here.name}", size, shown) as advance,
     ):
-        whole = listed(lazy(tree, where, advance), (), lists)
-        for name, item in items.items():
-            inner = whole[name] if len(items) > 1 else whole
+        everything = listed(lazy(tree, where, advance), (), lists)
+        for name, item in parts.items():
+            inner = everything[name] if len(parts) > 1 else everything
             write_item(data / name, inner, item.custom)
-        directories = {name: item.directory for name, item in items.items()}
+        directories = {name: item.directory for name, item in parts.items()}
         by_one(lambda: copy_rest(there, data, directories))
     return here
 
 
-def _items(directories: Mapping[str, Path]) -> Mapping[str, Item]:
-    """What is in a checkpoint by the name of its directory; paths begin with it if several are."""
+def items(directories: Mapping[str, Path]) -> Mapping[str, Item]:
+    """Returns what a checkpoint holds by directory; where there are several, paths begin so."""
     several = len(directories) > 1
     return {name: read_item(path, (name,) if several else ()) for name, path in directories.items()}
 
 
-def _whole(items: Mapping[str, Item]) -> Any:
+def whole(items: Mapping[str, Item]) -> Any:
+    """Returns the tree of a checkpoint, with names of directories above where there are several."""
     trees = {name: item.tree for name, item in items.items()}
     return trees if len(trees) > 1 else next(iter(trees.values()))
 
