@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_small_model_over_factor_and_copies():
         np.testing.assert_allclose(large[name], expected, rtol=2e-4, atol=1e-5)
 
 
-def test_shardings_are_kept_where_they_divide():
+def test_shardings_are_kept_and_must_divide():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
     small = drawn(shapes(8))
@@ -109,7 +109,10 @@ def test_shardings_are_kept_where_they_divide():
     big = us.grow(small, planned(8, 24))
     assert big["up"].sharding.spec == PartitionSpec(None, "model")
     assert big["down"].sharding.spec == PartitionSpec("model", None)
-    odd = us.grow(small, planned(8, 13))
+    with pytest.raises(ValueError, match="'bias' is float32.13.*into 4 parts: 16 is a size"):
+        us.grow(small, planned(8, 13))
+    whole = lambda name, leaf: NamedSharding(mesh, PartitionSpec())  # noqa: E731
+    odd = us.grow(small, planned(8, 13), shardings=whole)
     assert odd["bias"].sharding.is_fully_replicated
     np.testing.assert_allclose(apply(odd, INPUT), apply(small, INPUT), rtol=1e-5, atol=1e-5)
 

@@ -364,7 +364,7 @@ def test_shardings_are_kept():
     plan = make_plan(apply, values(8), apply, values(12), jnp.zeros((2, 5)))
     grown = resize_state(optax.TraceState(mu), plan).trace
     assert grown["up"].sharding.spec == P(None, "model")
-    assert grown["down"].sharding.spec == P("model", None)
+    assert grown["down"].sharding.spec == P("model")
 
 
 def test_a_number_per_leaf_is_kept_and_said():

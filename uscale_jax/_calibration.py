@@ -13,6 +13,7 @@ from uscale_jax import _jax, _tree
 from uscale_jax._plan import Models, Plan
 from uscale_jax._planning import Remade, remade
 from uscale_jax._types import Key, Tree
+from uscale_jax._work import at_place
 from uscale_jax.trace import tapped
 from uscale_jax.trace.readings import Reading, readings
 
@@ -126,7 +127,7 @@ class _Instrumented:
         self.readings = found
 
     def __call__(self, params: Tree, inputs: Sequence[Any]) -> list[Any]:
-        taken = jax.device_get(self._run(big_leaves(self.remade, params), tuple(inputs)))
+        taken = _jax.fetched(self._run(big_leaves(self.remade, params), tuple(inputs)))
         rest = {visit: iter(each) for visit, each in taken.items()}
         wide = lambda x: np.asarray(x, np.float64)  # noqa: E731
         return [
@@ -160,7 +161,7 @@ def with_leaves(remade: Remade, params: Tree, changed: Mapping[int, Any]) -> Tre
         new = _jax.with_weak_type(jnp.asarray(value).astype(leaf.dtype), leaf)
         if dim is not None:
             new = leaf.at[(slice(None),) * dim + (layers,)].set(new)
-        leaves[order[big]] = new
+        leaves[order[big]] = at_place(new, _jax.named_sharding(leaf))
     return jax.tree.unflatten(treedef, leaves)
 
 

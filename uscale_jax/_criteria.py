@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _factors
+from uscale_jax import _factors, _jax
 from uscale_jax._calibration import Calibration
 from uscale_jax._elimination import Merging, Readers, eliminated
 from uscale_jax._planning import Remade
@@ -49,7 +49,7 @@ def of_leaves(remade: Remade, sums: Mapping[tuple[int, int], Any]) -> dict[str, 
             units = units_of_places(dims[dim], atom, -1)
             inside = units >= 0
             if inside.any():
-                weights = np.asarray(values, np.float64)[inside]
+                weights = np.asarray(_jax.fetched(values), np.float64)[inside]
                 counted = np.bincount(units[inside], weights=weights, minlength=atom.size[-1])
                 found[name].append(counted)
     return found
@@ -147,7 +147,7 @@ def _readers(
     units = np.where(units < 0, -1, classes[units])
     gram = np.broadcast_to(gram, (*own.big.shape[:2], *gram.shape[-2:]))
     for turn in np.ndindex(own.big.shape[:2]):
-        weight = np.asarray(params[own.leaf]).reshape(-1)[own.big[turn]]
+        weight = np.asarray(_jax.fetched(params[own.leaf])).reshape(-1)[own.big[turn]]
         yield gram[turn], weight.astype(np.float64), units
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _factors
+from uscale_jax import _factors, _jax
 from uscale_jax._planning import Remade
 from uscale_jax.trace.atoms import Atom, Dim, leaves
 from uscale_jax.trace.layout import Places, units_of_places
@@ -80,7 +80,7 @@ def _known(remade: Remade, params: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     values = zip(traced.structure.program.inputs, known, params, strict=False)
     for value, own, leaf in values:
         if _factors.is_scaled(leaf):
-            array, epsilon = np.asarray(leaf), float(jnp.finfo(leaf.dtype).eps)
+            array, epsilon = np.asarray(_jax.fetched(leaf)), float(jnp.finfo(leaf.dtype).eps)
             wide = np.complex128 if np.iscomplexobj(array) else np.float64
             yield array.astype(wide), epsilon, traced.structure.of(value), own
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uscale_jax import _calibration, _criteria, _factors, _layer_scores
+from uscale_jax import _calibration, _criteria, _factors, _jax, _layer_scores
 from uscale_jax._calibration import Calibration, Wanted
 from uscale_jax._criteria import Scores, Vector
 from uscale_jax._duplicates import Duplicates, duplicates
@@ -223,7 +223,7 @@ class _Work:
         total: dict[str, Vector] = {}
         for batch in self.batches:
             given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            sums = jax.device_get(products(self.params, given))
+            sums = _jax.fetched(products(self.params, given))
             for name, each in _criteria.of_leaves(made, sums).items():
                 total[name] = total.get(name, 0.0) + np.square(np.sum(each, 0))
         if not total:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
@@ -184,11 +185,39 @@ def is_explicit(mesh: Any) -> bool:
     return any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
 
 
+def spec_axes(spec: Any, ndim: int) -> list[tuple[str, ...]]:
+    """Returns the axes of the mesh that each of ``ndim`` dimensions is cut over."""
+    entries = [*spec, *[None] * (ndim - len(spec))]
+    return [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
+
+
 def shard_counts(spec: Any, ndim: int, mesh: Any) -> list[int]:
     """Returns into how many shards ``spec`` cuts each of ``ndim`` dimensions over ``mesh``."""
-    entries = [*spec, *[None] * (ndim - len(spec))]
-    named = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
-    return [math.prod(mesh.shape[axis] for axis in axes) for axes in named]
+    axes = spec_axes(spec, ndim)
+    return [math.prod(mesh.shape[axis] for axis in names) for names in axes]
+
+
+def named_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """Returns how an array is cut over a mesh; of a traced one only where its type says it.
+
+    Types of traced arrays tell of Explicit axes, over a mesh without devices (JAX 0.9 to 0.12:
+    ``jax.typeof(x).sharding``).
+    """
+    found = jax.typeof(x).sharding if is_traced(x) else getattr(x, "sharding", None)
+    if not isinstance(found, jax.sharding.NamedSharding):
+        return None
+    return found if not is_traced(x) or is_explicit(found.mesh) else None
+
+
+def fetched(tree: Any) -> Any:
+    """Returns a tree on the host; what other processes have parts of is gathered from them."""
+
+    def here(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(here, tree))
 
 
 def new_variable(aval: Any, resized: Mapping[int, int] | None = None) -> Any:

@@ -42,7 +42,9 @@ def layer_scores(
         given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         args = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
         scores = programs[kind](args) if how != "loss" else programs[kind](args, given)
-        total = {n: total.get(n, 0) + np.asarray(s, np.float64) for n, s in scores.items()}
+        total = {
+            n: total.get(n, 0) + np.asarray(_jax.fetched(s), np.float64) for n, s in scores.items()
+        }
         count += 1
     if not count:
         raise ValueError(NO_BATCH)

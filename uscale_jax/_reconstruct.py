@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from uscale_jax import _jax
 from uscale_jax._calibration import Calibration
 from uscale_jax._elimination import RIDGE, similar
 from uscale_jax.trace.atoms import Atom, leaves
@@ -78,7 +79,7 @@ def refitted(
         own = fit.part
         gone = _gone(fit.reading, going, own)
         if own.leaf not in found:
-            found[own.leaf] = np.array(params[own.leaf], np.float64)
+            found[own.leaf] = np.array(_jax.fetched(params[own.leaf]), np.float64)
         flat = found[own.leaf].reshape(-1)
         for turn in np.ndindex(own.big.shape[:2]):
             at = own.big[turn]

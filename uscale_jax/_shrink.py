@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _factors, _jax, _tree
+from uscale_jax import _factors, _jax, _parts, _tree
 from uscale_jax._calibration import Calibration, big_leaves, with_leaves
 from uscale_jax._importance import Importance
+from uscale_jax._parts import Cut
 from uscale_jax._plan import Indices, LeafPlan, Plan
 from uscale_jax._reconstruct import refitted
 from uscale_jax._select import Selected, chosen
 from uscale_jax._types import Key, Tree
 from uscale_jax._verify import verify
-from uscale_jax._work import Work
+from uscale_jax._work import Work, at_place, compiled, placed, placements, resized_sharding
 
 _UNCHANGED = 1e-3
 """Relative change of outputs below which a model is as usable as it was."""
@@ -30,7 +31,11 @@ class UnitScaleShrinkWarning(UserWarning):
 
 
 def shrink(
-    params: Tree, plan: Plan, *, importance: Importance | Mapping[str, Any] | None = None
+    params: Tree,
+    plan: Plan,
+    *,
+    importance: Importance | Mapping[str, Any] | None = None,
+    shardings: Any = None,
 ) -> Tree:
     r"""Returns the parameters of a plan's small model from those of its big one.
 
@@ -59,14 +64,18 @@ def shrink(
       params: the big model's parameters; arrays, traced ones too (without refitting).
       plan: the plan they were grown by, or one between a smaller model and this one.
       importance: what :func:`importance` returned, or numbers per unit by axis.
+      shardings: where leaves of the result are to be: a ``NamedSharding``, a tree prefix of them,
+        or a function of a leaf's name and its ``jax.ShapeDtypeStruct`` (None for the default).  By
+        default a leaf has the mesh and the spec of the one it is made from.
 
     Returns:
       The small model's parameters: a tree of the type of ``params``, or of the small model's where
       layers are dropped.  Leaves keep dtype and weak type.
 
     Raises:
+      TypeError: a sharding is no ``NamedSharding``.
       ValueError: the parameters are not those of the plan's big model; the importance is of
-        another plan, or lacks an axis.
+        another plan, or lacks an axis; sizes cannot be cut into as many parts as shardings say.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -86,12 +95,12 @@ def shrink(
       what is kept: He et al., *Channel pruning*, 2017 (arXiv:1707.06168), Eq. 1.
     """
     if importance is None:
-        return _mapped(params, plan)
+        return _mapped(params, plan, shardings)
     selected = chosen(plan, importance)
     refit = importance.calibration if isinstance(importance, Importance) else None
     merge = isinstance(importance, Importance) and importance.method == "merging"
     given = params if refit is None else _refitted(params, selected, refit, merge)
-    small = _mapped(given, selected.plan)
+    small = _mapped(given, selected.plan, shardings)
     if isinstance(importance, Importance) and importance.data_free:
         _warn(small, params, selected, importance.method)
     return small
@@ -122,10 +131,15 @@ def _warn(small: Tree, params: Tree, selected: Selected, method: str) -> None:
     )
 
 
-def _mapped(params: Tree, plan: Plan) -> Tree:
+def _mapped(params: Tree, plan: Plan, shardings: Any) -> Tree:
     keys, leaves, treedef = _tree.flatten_named(params)
-    given = fitting(plan, keys, leaves)
-    small = {each.key: each.run(given[each.source]) for each in work(plan)}
+    sources = fitting(plan, keys, leaves)
+    makings = list(work(plan))
+    given = [sources[each.source] for each in makings]
+    places = placements(makings, given, shardings, "shrink")
+    small = {
+        each.key: each.run(x, place) for each, x, place in zip(makings, given, places, strict=True)
+    }
     if set(small) == set(keys):
         return jax.tree.unflatten(treedef, [small[key] for key in keys])
     return plan.unflatten_small(small)
@@ -166,19 +180,36 @@ def _shrunk(
     leaf: Any, sharding: jax.sharding.NamedSharding | None = None, *, plan: LeafPlan
 ) -> Any:
     maps = plan.maps_of(new_layers=False)
+    place = sharding or resized_sharding(leaf, plan.small)
+    leaf = placed(leaf, place)
     if not plan.floating:
-        small = _first_copies(leaf, maps)
-        return small if sharding is None else jax.device_put(small, sharding)
+        firsts = tuple(map(_first_copies, maps))
+        still = all(first is None for first in firsts)
+        return at_place(leaf, place) if still else _program(place, _taken, (), ())(leaf, firsts)
+    cuts = _parts.to_shrink(leaf, maps, plan.small, place)
+    maps = tuple(
+        old if cut is None else _parts.local(old, size, _parts.parts(cut))
+        for old, cut, size in zip(maps, cuts, plan.small, strict=True)
+    )
     divisors = (*plan.factors, *plan.copies)
-    return _program(sharding)(leaf, maps, divisors, plan.shift, plan.small)
+    return _program(place, _summed, plan.small, cuts)(leaf, maps, divisors, plan.shift)
 
 
-def _first_copies(leaf: Any, maps: Sequence[Indices | None]) -> Any:
-    for axis, old in enumerate(maps):
-        if old is not None:
-            there = np.flatnonzero(old >= 0)
-            first = there[np.unique(old[there], return_index=True)[1]]
-            leaf = jnp.take(leaf, first, axis=axis)
+def _first_copies(old: Indices | None) -> Indices | None:
+    """The first place of every unit."""
+    if old is None:
+        return None
+    there = np.flatnonzero(old >= 0)
+    first: Indices = there[np.unique(old[there], return_index=True)[1]]
+    return first
+
+
+def _taken(
+    leaf: jax.Array, firsts: tuple[Any, ...], *, shape: tuple[int, ...], cuts: tuple[Any, ...]
+) -> jax.Array:
+    del shape, cuts
+    for axis, first in enumerate(firsts):
+        leaf = leaf if first is None else jnp.take(leaf, first, axis=axis)
     return leaf
 
 
@@ -187,23 +218,38 @@ def _summed(
     maps: tuple[Any, ...],
     divisors: tuple[Any, ...],
     shift: Any,
+    *,
     shape: tuple[int, ...],
+    cuts: tuple[Cut | None, ...],
 ) -> jax.Array:
     wide = _factors.compute_dtype(leaf.dtype)
     constant = jnp.asarray(shift, wide)
     x = leaf.astype(wide) + constant
     for divisor in divisors:
         x = x / jnp.asarray(divisor).astype(wide)
-    for axis, old in enumerate(maps):
-        if old is not None:
+    for axis, (old, cut) in enumerate(zip(maps, cuts, strict=True)):
+        if old is not None and cut is None:
             x = sum_copies(x, axis, old, shape[axis])
+        elif cut is not None:
+            size = shape[axis] // _parts.parts(cut)
+            own = partial(_sum_along, axis=axis, size=size)
+            x = _parts.by_part(cut, axis, own, x, old)
     return _jax.with_weak_type((x - constant).astype(leaf.dtype), leaf)
 
 
 @cache
-def _program(sharding: jax.sharding.NamedSharding | None) -> Callable[..., Any]:
+def _program(
+    sharding: jax.sharding.NamedSharding | None,
+    run: Callable[..., Any],
+    shape: tuple[int, ...],
+    cuts: tuple[Cut | None, ...],
+) -> Callable[..., Any]:
     """The compiled program, for results that are placed by JAX or as they shall be."""
-    return jax.jit(_summed, static_argnames="shape", out_shardings=sharding)
+    return compiled(partial(run, shape=shape, cuts=cuts), sharding)
+
+
+def _sum_along(x: jax.Array, old: Any, *, axis: int, size: int) -> jax.Array:
+    return sum_copies(x, axis, old, size)
 
 
 def sum_copies(x: jax.Array, axis: int, old: Any, size: int) -> jax.Array:

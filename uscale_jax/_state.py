@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from uscale_jax._plan import LeafPlan, Plan
 from uscale_jax._powers import Power, Terms, measure, terms
 from uscale_jax._state_arrays import copies_along, grown, run, shrunk, zeros
 from uscale_jax._types import Key
-from uscale_jax._work import Work
+from uscale_jax._work import Work, placements
 
 
 def resize_state(
@@ -41,6 +41,7 @@ def resize_state(
     *,
     optimizer: optax.GradientTransformation | None = None,
     new_layers: str = "mapped",
+    shardings: Any = None,
 ) -> optax.OptState:
     r"""Returns the state of an optimizer for the other model of a plan: training goes on from it.
 
@@ -69,16 +70,21 @@ def resize_state(
       optimizer: the optimizer, where it is to go on without :func:`scale_optimizer`.
       new_layers: what layers that the plan adds start with: "mapped", the state of the layer they
         are made from, or "zeros".
+      shardings: where arrays of the result are to be that are like leaves of the parameters: a
+        ``NamedSharding``, a tree prefix of them, or a function of an array's name in the state and
+        its ``jax.ShapeDtypeStruct`` (None for the default).  By default an array has the mesh and
+        the spec of the one it is made from.
 
     Returns:
       The state, with the structure that the optimizer's ``init`` gives for the other model.  Arrays
       keep dtype and weak type; those narrower than float32 are computed in float32 and rounded
-      once.  Arrays with a ``NamedSharding`` keep its spec along every dimension that it still
-      divides.  Under ``jax.jit`` arrays may be traced.
+      once.  Under ``jax.jit`` arrays may be traced.
 
     Raises:
+      TypeError: a sharding is no ``NamedSharding``.
       ValueError: arrays are named or shaped like no leaf of the plan, or hold NaN; with
-        ``optimizer``, an array scales with no power, so that only the frame is exact.
+        ``optimizer``, an array scales with no power, so that only the frame is exact; sizes cannot
+        be cut into as many parts as shardings say.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -103,7 +109,27 @@ def resize_state(
     _check_finite(resizing.arrays)
     if optimizer is None:
         warn_of_numbers(resizing.arrays, plan, stacklevel=3)
-    return resizing.tree(opt_state)
+    tree = replace(resizing, do=_Later).tree(opt_state)
+    keys, nodes, treedef = _tree.flatten_named(tree)
+    pairs = zip(keys, nodes, strict=True)
+    later = {key: node for key, node in pairs if isinstance(node, _Later)}
+    works = [node.work._replace(key=key) for key, node in later.items()]
+    others = [key for key in keys if key not in later]
+    sources = [node.x for node in later.values()]
+    places = placements(works, sources, shardings, "resize_state", others)
+    done = {
+        each.key: each.run(x, place) for each, x, place in zip(works, sources, places, strict=True)
+    }
+    made = [done.get(key, node) for key, node in zip(keys, nodes, strict=True)]
+    return jax.tree.unflatten(treedef, made)
+
+
+@dataclass(frozen=True, eq=False)
+class _Later:
+    """An array of the other model's state, before its place is known."""
+
+    x: Any
+    work: Work
 
 
 def resizing_of(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uscale_jax import _factors
+from uscale_jax import _factors, _jax
 from uscale_jax._plan import Plan
 from uscale_jax._types import Apply, Tree
+from uscale_jax._work import compiled
 from uscale_jax.trace.tracing import output_names
 
 _CHEAP = 20_000_000
@@ -164,7 +166,7 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def _run(apply: Apply, params: Tree, inputs: Sequence[Any]) -> Any:
-    return jax.device_get(jax.jit(apply)(params, *inputs))
+    return _jax.fetched(jax.jit(apply)(params, *inputs))
 
 
 def _cheap(small: Tree, big: Tree) -> bool:
@@ -224,14 +226,24 @@ def _rounded(params: Tree, epsilon: float) -> Tree:
     """Parameters that have moved by a rounding each, up or down at random."""
     leaves, treedef = jax.tree.flatten(params)
     moved = [
-        _moved(leaf, epsilon, jax.random.key(i)) if _factors.is_scaled(jnp.asarray(leaf)) else leaf
+        _moved_program(_jax.named_sharding(leaf), epsilon)(jnp.asarray(leaf), jax.random.key(i))
+        if _factors.is_scaled(jnp.asarray(leaf))
+        else leaf
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, moved)
 
 
-def _moved(leaf: Any, epsilon: float, key: jax.Array) -> jax.Array:
-    leaf = jnp.asarray(leaf)
+@cache
+def _moved_program(
+    sharding: jax.sharding.NamedSharding | None, epsilon: float
+) -> Callable[..., jax.Array]:
+    """A compiled program: random numbers of a part are drawn where it is."""
+    found: Callable[..., jax.Array] = compiled(partial(_moved, epsilon), sharding)
+    return found
+
+
+def _moved(epsilon: float, leaf: jax.Array, key: jax.Array) -> jax.Array:
     up = jax.random.bernoulli(key, 0.5, leaf.shape)
     return jnp.where(up, leaf * (1 + epsilon), leaf * (1 - epsilon)).astype(leaf.dtype)
 
