@@ -25,14 +25,13 @@ corpus, Silent = growing.corpus, growing.Silent
 
 # No two sizes are alike, nor is one the product of others.
 SIZES = TransformerConfig(vocab=256, hidden=24, layers=2, heads=6, kv_heads=3, head_dim=10, mlp=52)
-SEEDS = {"unit-scaled": 2, "standard": 1}
 TINY = Setting(
     SIZES,
     steps=10,
     batch=3,
     seq=11,
     held_out=2,
-    seeds=SEEDS,
+    seeds=3,
     unit_rate=0.5,
     standard_rate=0.01,
     standard_float8_rate=0.001,
@@ -264,19 +263,29 @@ def test_claims_follow_from_results():
     assert all(claims(given({})))
     assert claims(given({UNIT: (3.05, 3.2)}))[0] is False  # +0.8 %
     assert claims(given({UNIT: (3.0, 3.13)}))[0] is False  # −1.1 %
-    assert claims(given({STANDARD: (3.1, 3.3)}))[2] is False
-    assert claims(given({STANDARD: (None, 3.3)}))[2] is True  # not finite
-    assert claims(given({Variant("standard", training.OWN_RATE): (3.2, 3.4)}))[3] is False
-    assert claims(given({Variant("standard", training.BY_HAND): (3.2, 3.4)}))[5] is False
+    assert claims(given({STANDARD: (3.1, 3.3)}))[1] is False
+    assert claims(given({STANDARD: (None, 3.3)}))[1] is True  # not finite
+    assert claims(given({Variant("standard", training.OWN_RATE): (3.2, 3.4)}))[2] is False
+    assert claims(given({Variant("standard", training.BY_HAND): (3.2, 3.4)}))[4] is False
     half = given({})
     half["products"][UNIT.name]["float8"]["hidden"] = 3
-    assert claims(half)[6] is False
+    assert claims(half)[5] is False
     wrong = given({})
     wrong["products"][UNIT.name]["formula"] = {"hidden": 5, "readout": 2, "attention": 2}
-    assert claims(wrong)[7] is False
+    assert claims(wrong)[6] is False
     flushed = given({})
     flushed[f"{UNIT.name}, 1"]["census"]["last"] = look(0.001, 0.03)
-    assert claims(flushed)[8] is False
+    assert claims(flushed)[7] is False
+
+
+def test_losses_are_compared_on_the_seeds_of_both():
+    results = given({})
+    results["more"] = run(UNIT, 3, 9.0)
+    runs = report.runs_of(results)
+    assert len(runs[UNIT]) == 3
+    above, each = report.against(runs, UNIT, Variant("unit-scaled", "bfloat16"))
+    assert above == pytest.approx(6.21 / 6.2 - 1)
+    assert each == pytest.approx([3.05 / 3.01 - 1, 3.16 / 3.19 - 1])
 
 
 def test_reports_have_every_variant_and_are_drawn():
@@ -284,6 +293,7 @@ def test_reports_have_every_variant_and_are_drawn():
     losses, shares, flushed = found.tables
     assert [row[0] for row in losses.rows] == [variant.name for variant in DOTS]
     assert losses.rows[2][-1] == "+0.16%"
+    assert found.notes[0].endswith("+0.33%, -0.31%")
     assert shares.rows == ((UNIT.name, "100.0%", "75.0%", "60.0%"),)
     assert len(flushed.rows) == 6
     assert flushed.rows[-1][2:5] == ("0.5 to 0.5", "50.0% (50.0%)", "75.0% (75.0%)")
@@ -300,7 +310,7 @@ def test_a_tiny_benchmark_runs(tmp_path, corpus, monkeypatch, standard_promotion
     chosen = (UNIT, STANDARD, Variant("standard", training.BY_ASTYPE))
     names = {f"{variant.name}, seed 1" for variant in chosen}
     cases = {case.name: case for case in fp8.cases(options)}
-    assert len(cases) == 1 + 3 * 2 + 5  # of FLOPs, unit-scaled on two seeds, standard on one
+    assert len(cases) == 1 + 2 * 3 + 6 * 2  # of FLOPs, of what is compared, of others
     results = {
         name: json.loads(json.dumps(cases[name].run(options, Silent()))) for name in sorted(names)
     }
