@@ -296,7 +296,7 @@ def test_reports_have_every_variant_and_are_drawn():
     assert found.notes[0].endswith("+0.33%, -0.31%")
     assert shares.rows == ((UNIT.name, "100.0%", "75.0%", "60.0%"),)
     assert len(flushed.rows) == 6
-    assert flushed.rows[-1][2:5] == ("0.5 to 0.5", "50.0% (50.0%)", "75.0% (75.0%)")
+    assert flushed.rows[-1][2:5] == ("0.5–0.5", "50.0% (50%)", "75.0%")
     for plot in found.plots:
         assert plots.draw(plot).startswith(b"\x89PNG")
 

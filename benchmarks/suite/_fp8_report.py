@@ -203,17 +203,17 @@ def _flushed(lost: Lost) -> Table:
         for kind, fmt in FORMATS.items()
     ]
     columns = [f"{what} {when}" for when in WHEN.values() for what in ("RMS", "flushed", "zero")]
-    title = "What products read, and gradients of results: flushed to zero, and zero in all (worst)"
+    title = "What products read, and gradients of results: flushed to zero (worst), and zero in all"
     return Table(title, ("tensors", "format", *columns), tuple(rows))
 
 
 def _cells(lost: Lost, variant: Variant, kind: str) -> Iterator[str]:
     for when in WHEN:
         rms = of_each(lost, variant, when, kind, "rms")
-        yield f"{min(rms):.1g} to {max(rms):.1g}"
-        for what in ("flushed", "zero"):
-            each = of_each(lost, variant, when, kind, what)
-            yield f"{np.mean(each):.1%} ({max(each):.1%})"
+        flushed = of_each(lost, variant, when, kind)
+        yield f"{min(rms):.1g}–{max(rms):.1g}"
+        yield f"{np.mean(flushed):.1%} ({max(flushed):.0%})"
+        yield f"{np.mean(of_each(lost, variant, when, kind, 'zero')):.1%}"
 
 
 def _largest(lost: Lost) -> str:

@@ -63,7 +63,7 @@ class UnitFp8DotGeneral:
         terms = out * math.prod(lhs[dim] for dim in numbers[0][0])
         output, grad, weight = _products.term_factors(terms, out, math.prod(lhs), math.prod(rhs))
         output, grad = constrained(self.constraint, output, grad)
-        if _scale._TRUE_GRADIENTS.value:
+        if _scale.gradients_are_true():
             grad = weight = output
         rounding = _power_of_two if self.rounded else float
         return rounding(output), rounding(grad), rounding(weight)

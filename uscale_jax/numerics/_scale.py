@@ -63,6 +63,11 @@ def true_gradients() -> Iterator[None]:
         yield
 
 
+def gradients_are_true() -> bool:
+    """Returns whether what is traced now is within :func:`true_gradients`."""
+    return bool(_TRUE_GRADIENTS.value)
+
+
 def scale_fwd(x: ArrayLike, s: Factor) -> jax.Array:
     r"""Returns s·x, whose gradient is passed on as it is.
 
