@@ -34,4 +34,5 @@ def main(source: str, target: str, files: str) -> None:
     hf.grow(source, target, planned(Path(source)), verify=False)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
