@@ -246,6 +246,28 @@ class TestPrograms:
         own = jax.grad(mlp)(moved, x)
         np.testing.assert_allclose(same_moved["up"], own["up"], 1e-5, 1e-6)
 
+    def test_numbers_among_the_parameters(self):
+        """What is no array has no place among the program's inputs."""
+
+        def loss(params, x):
+            return jnp.mean(jnp.square(x @ params["w"])) * params["factor"]
+
+        params, x = {"factor": 3.0, "w": 0.01 * normal(0, 12, 10)}, 50 * normal(1, 7, 12)
+        unit = us.unit_scale(loss, params, x)
+        assert unit.params["factor"] == 3.0
+        np.testing.assert_allclose(unit.apply(unit.params, x), loss(params, x), 1e-6)
+        within({"w": float(jnp.sqrt(jnp.mean(unit.params["w"] ** 2)))}, *ROUNDED)
+
+    def test_complex_parameters_stay_as_they_are(self):
+        def loss(params, x):
+            return jnp.mean(jnp.abs((x @ params["w"]).astype(jnp.complex64) * params["c"]) ** 2)
+
+        c = 30 * jax.lax.complex(normal(3, 7, 10), normal(4, 7, 10))
+        args = ({"c": c, "w": 0.01 * normal(0, 12, 10)}, normal(1, 7, 12))
+        unit = us.unit_scale(loss, *args)
+        assert np.array_equal(unit.params["c"], c)
+        same(unit, loss, args)
+
     def test_complex_values_pass(self):
         loss = lambda w, x: jnp.mean(jnp.abs(jnp.fft.fft(x @ w)) ** 2)  # noqa: E731
         args = (0.01 * normal(0, 12, 10), normal(1, 7, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,11 +43,10 @@ class UnitScaled:
         """Return what the model returns, from parameters in units."""
         program = Traced(self._apply, (params, *inputs), kwargs)
         self._check(program)
-        count = len(jax.tree.leaves(params))
-        own = [self._held(x, i) for i, x in enumerate(program.arrays[:count])]
+        own = self._held(params)
         others = [
             entering(x, self._units, (INPUTS, i))
-            for i, x in enumerate(program.arrays[count:], start=count)
+            for i, x in enumerate(program.arrays[len(own) :], start=len(own))
         ]
         found = UnitProgram(self._units).closed(program.closed, [*own, *others])
         return jax.tree.unflatten(program.structure, [leaving(h) for h in found])
@@ -89,7 +89,7 @@ class UnitScaled:
 
     def frame(self) -> Mapping[Key, Scale]:
         """Return what takes parameters and gradients to the model's own, and steps back."""
-        return {key: _scale(self._unit(i)) for i, key in enumerate(self._keys)}
+        return {key: _scale(unit) for key, unit in self._own.items()}
 
     def __str__(self) -> str:
         """Return a table of parameters: sizes as measured, and the units that they are held in."""
@@ -99,36 +99,53 @@ class UnitScaled:
         values, slopes = jax.device_get((self.scales.values, self.scales.gradients))
         for row in self.scales.tracked:
             if row.kind == _track_rows.PARAMETER:
-                unit = self._unit(row.place)
+                unit = self._measured(row.place)
                 sizes = values[row.name].rms, unit.size, slopes[row.name].rms, unit.slope or 1.0
                 yield row.name, *(f"{number:.3g}" for number in sizes)
 
-    def _unit(self, place: int) -> Unit:
+    @cached_property
+    def _own(self) -> Mapping[Key, Unit]:
+        """Units of parameters by name; numbers and objects among them are in no unit."""
+        places, leaves = itertools.count(), jax.tree.leaves(self.original)
+        units = [self._measured(next(places)) if rebuilt.is_array(x) else Unit() for x in leaves]
+        return {
+            key: unit if _is_real(x) else Unit(1.0, 1.0)
+            for key, unit, x in zip(self._keys, units, leaves, strict=True)
+        }
+
+    def _measured(self, place: int) -> Unit:
         return self._units.of((INPUTS, place), Unit(1.0, 1.0))
 
-    def _held(self, x: Any, place: int) -> Held:
-        return Held(x, self._unit(place) if _factors.is_scaled(x) else None)
+    def _held(self, params: Tree) -> list[Held]:
+        """The arrays among parameters."""
+        pairs = self._with_units(params)
+        return [
+            Held(jnp.asarray(x), unit if _factors.is_scaled(jnp.asarray(x)) else None)
+            for x, unit in pairs
+            if rebuilt.is_array(x)
+        ]
 
-    def _tree(self, of: Callable[[Unit], float]) -> Tree:
-        structure = jax.tree.structure(self.original)
-        return jax.tree.unflatten(structure, [of(self._unit(i)) for i in range(len(self._keys))])
-
-    def _mapped(self, tree: Tree, of: Callable[[Unit], float]) -> Tree:
-        keys, leaves, structure = _tree.flatten_named(tree)
-        places = {key: i for i, key in enumerate(self._keys)}
-        unknown = [_tree.name(key) for key in keys if key not in places]
+    def _with_units(self, tree: Tree) -> list[tuple[Any, Unit]]:
+        keys, leaves, _ = _tree.flatten_named(tree)
+        unknown = [_tree.name(key) for key in keys if key not in self._own]
         if unknown:
             raise ValueError(
                 f"{unknown[:5]} are no parameters of the unit-scaled model. Expected: a tree of "
                 f"{[*map(_tree.name, self._keys)][:5]} and so on. Fix: pass parameters, or "
                 "gradients, of this model."
             )
-        factors = [of(self._unit(places[key])) for key in keys]
+        return [(x, self._own[key]) for key, x in zip(keys, leaves, strict=True)]
+
+    def _tree(self, of: Callable[[Unit], float]) -> Tree:
+        structure = jax.tree.structure(self.original)
+        return jax.tree.unflatten(structure, [*map(of, self._own.values())])
+
+    def _mapped(self, tree: Tree, of: Callable[[Unit], float]) -> Tree:
         scaled = [
-            _factors.multiply(jnp.asarray(x), k) if k != 1 and _is_real(x) else x
-            for x, k in zip(leaves, factors, strict=True)
+            _factors.multiply(jnp.asarray(x), of(unit)) if of(unit) != 1 and _is_real(x) else x
+            for x, unit in self._with_units(tree)
         ]
-        return jax.tree.unflatten(structure, scaled)
+        return jax.tree.unflatten(jax.tree.structure(tree), scaled)
 
     def _check(self, program: Traced) -> None:
         for now, then in zip(program.signature, self._signature, strict=False):
